@@ -1,0 +1,195 @@
+"""`EngineConfig`: the frozen settings an engine runs with, worked out from `EngineArgs`, the model and the platform."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from jaxserve.checks import ParameterError, check_choice, require
+from jaxserve.config.args import DTYPES, EngineArgs
+from jaxserve.config.model_facts import (
+    choose_dtype,
+    default_sampling_params,
+    eos_token_ids,
+    merge_overrides,
+    model_limit,
+)
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+LARGE_GPU_BYTES = 70 * 2**30
+CACHE_FOLDER = Path(".cache") / "jaxserve"  # in the home folder
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine, checked and complete.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        dtype: "float32", "bfloat16" or "float16", of weights, activations and cache.
+        max_model_len: longest prompt plus output in tokens.
+        fit_max_model_len: whether the memory plan may lower `max_model_len` (nobody asked for that very length).
+        block_size: tokens per cache page.
+        served_model_names: at least one name.
+        log_stats: collect statistics.
+        warmup: "none", "lazy" or "full".
+        compilation_cache_dir: folder of compiled programs, None for none.
+        eos_token_ids: ids that end a sequence unless a request ignores them.
+        default_sampling: `SamplingParams` fields for requests without params.
+    """
+
+    platform: str
+    model: str | None
+    load_format: str
+    use_tqdm_on_load: bool
+    dtype: str
+    seed: int
+    max_model_len: int
+    fit_max_model_len: bool
+    served_model_names: tuple[str, ...]
+    max_logprobs: int
+    logprobs_mode: str
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    enable_prefix_caching: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    long_prefill_token_threshold: int
+    scheduling_policy: str
+    warmup: str
+    compilation_cache_dir: Path | None
+    log_stats: bool
+    eos_token_ids: frozenset[int] = frozenset()
+    default_sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def fitted(self, max_model_len: int) -> Self:
+        """The config for a shorter context, which the memory plan found to be all that fits."""
+        limit = f"be between 1 and {self.max_model_len}"
+        require(1 <= max_model_len <= self.max_model_len, "max_model_len", max_model_len, limit)
+        threshold = min(self.long_prefill_token_threshold, max_model_len)
+        return replace(self, max_model_len=max_model_len, long_prefill_token_threshold=threshold)
+
+
+def resolve(
+    args: EngineArgs,
+    hf_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    platform: str,
+    *,
+    device_memory: int | None = None,
+    device_kind: str = "",
+) -> EngineConfig:
+    """Check the options against a model and fill in what was left open.
+
+    Args:
+        args: the options; checked again, not changed.
+        hf_config: the model's config.json; `hf_overrides` are merged into it here.
+        generation_config: its generation_config.json, or an empty mapping (see `load_generation_config`).
+        platform: "cpu", "gpu" or "tpu".
+        device_memory: bytes of one device, for the defaults of the batch sizes; None is unknown.
+        device_kind: what jax calls the device, for the defaults of the batch sizes.
+
+    Raises:
+        ParameterError: (a `ValueError`) options that the model or each other rule out; says which and what to do.
+        TypeError: an option of the wrong type.
+    """
+    check_choice("platform", platform, PLATFORMS)
+    args = args.validated()
+    hf_config = merge_overrides(hf_config, args.hf_overrides)
+    on_cpu = platform == "cpu"
+    dtype = choose_dtype(args.dtype, hf_config, platform)
+    cache_dtype = DTYPES.get(args.kv_cache_dtype, dtype)
+    rule = f'be "auto" or the dtype of the model, {dtype} (another cache type is not supported yet)'
+    require(cache_dtype == dtype, "kv_cache_dtype", args.kv_cache_dtype, rule)
+    max_model_len = _context_length(args.max_model_len, model_limit(hf_config))
+    seqs, tokens = _batch_sizes(args, max_model_len, _default_sizes(platform, device_memory, device_kind))
+    sampling = {} if args.generation_config == "vllm" else generation_config
+    names = args.served_model_name or [args.model or EMBEDDED_MODEL]
+    return EngineConfig(
+        platform=platform,
+        model=args.model,
+        load_format=args.load_format,
+        use_tqdm_on_load=args.use_tqdm_on_load,
+        dtype=dtype,
+        seed=args.seed,
+        max_model_len=max_model_len,
+        fit_max_model_len=args.max_model_len is None,
+        served_model_names=tuple(names),
+        max_logprobs=args.max_logprobs,
+        logprobs_mode=args.logprobs_mode,
+        block_size=args.block_size or (32 if on_cpu else 64),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        num_gpu_blocks_override=args.num_gpu_blocks_override,
+        enable_prefix_caching=args.enable_prefix_caching,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+        scheduling_policy=args.scheduling_policy,
+        warmup=args.warmup or ("lazy" if on_cpu else "full"),
+        compilation_cache_dir=_cache_dir(args.compilation_cache_dir),
+        log_stats=not args.disable_log_stats,
+        eos_token_ids=eos_token_ids(hf_config, generation_config),
+        default_sampling=MappingProxyType(default_sampling_params(sampling, args.override_generation_config)),
+    )
+
+
+def _context_length(requested: int | str | None, limit: int) -> int:
+    if not isinstance(requested, int):  # validated: an int or None
+        return limit
+    if requested > limit:
+        raise ParameterError(
+            f"max_model_len={requested} is more than the {limit} tokens that the model's config.json allows. Lower "
+            'it, or stretch the model on purpose with hf_overrides, such as {"rope_scaling": {"rope_type": "yarn", '
+            f'"factor": 4.0, "original_max_position_embeddings": {limit}}}}}.',
+            parameter="max_model_len",
+            value=requested,
+        )
+    return requested
+
+
+def _default_sizes(platform: str, memory: int | None, kind: str) -> tuple[int, int]:
+    """Default `max_num_seqs` and `max_num_batched_tokens` of a device."""
+    if platform == "gpu":
+        large = memory is not None and memory >= LARGE_GPU_BYTES and "a100" not in kind.lower()
+        return (1024, 16384) if large else (256, 8192)
+    if platform == "tpu":
+        kinds = {"v5p": 512, "v5 lite": 1024, "v5e": 1024}
+        return 256, next((tokens for name, tokens in kinds.items() if name in kind.lower()), 2048)
+    return 256, 4096
+
+
+def _batch_sizes(args: EngineArgs, max_model_len: int, defaults: tuple[int, int]) -> tuple[int, int]:
+    """Sequences and tokens per step: what was asked for, else defaults that suit it and the context length."""
+    default_seqs, default_tokens = defaults
+    tokens, seqs = args.max_num_batched_tokens, args.max_num_seqs
+    if seqs is None:
+        seqs = default_seqs if tokens is None else min(default_seqs, tokens)
+    if tokens is None:
+        tokens = max(default_tokens, seqs, 0 if args.enable_chunked_prefill else max_model_len)
+    elif not args.enable_chunked_prefill and tokens < max_model_len:
+        raise ParameterError(
+            f"max_num_batched_tokens={tokens} is less than max_model_len={max_model_len}, but with "
+            "enable_chunked_prefill=False a prompt must fit in one step. Raise max_num_batched_tokens, lower "
+            "max_model_len, or allow chunked prefill.",
+            parameter="max_num_batched_tokens",
+            value=tokens,
+        )
+    threshold = args.long_prefill_token_threshold
+    rule = f"be at most max_model_len ({max_model_len})"
+    require(threshold <= max_model_len, "long_prefill_token_threshold", threshold, rule)
+    rule = "be 0 with enable_chunked_prefill=False, where a prompt is never split"
+    require(args.enable_chunked_prefill or threshold == 0, "long_prefill_token_threshold", threshold, rule)
+    return seqs, min(tokens, seqs * max_model_len)  # no step can hold more
+
+
+def _cache_dir(requested: str | None) -> Path | None:
+    if requested is None:
+        return Path.home() / CACHE_FOLDER
+    return Path(requested).expanduser() if requested else None

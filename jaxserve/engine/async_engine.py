@@ -1,0 +1,209 @@
+"""The engine behind asyncio: a thread runs the steps, generators receive their request's outputs."""
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from jaxserve.config import EngineArgs
+from jaxserve.engine.engine import LLMEngine
+from jaxserve.engine.metrics import Metric
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text import Tokenizer
+from jaxserve.types import PromptType, Request, RequestOutput
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's thread has ended with an error, which is this exception's cause."""
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Where a request's outputs go."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+    stream: _Stream
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class AsyncLLMEngine:
+    """Serve many callers of one event loop (or several) from one engine.
+
+    All calls are thread-safe; the engine itself is touched by its own thread alone.
+    """
+
+    def __init__(self, engine: LLMEngine):
+        self._engine = engine
+        self._commands: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._active: set[str] = set()
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+        """Load the model and start the engine's thread. Raises as `LLMEngine.from_engine_args` does."""
+        return cls(LLMEngine.from_engine_args(engine_args))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The engine's tokenizer; None with `skip_tokenizer_init`."""
+        return self._engine.tokenizer
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the request's outputs as they come; closing or cancelling the generator aborts the request.
+
+        Raises:
+            TypeError, ValueError: a bad prompt, bad parameters, or an id in use.
+            EngineDeadError: the engine has failed; the cause is attached.
+        """
+        key = f"async-{next(self._ids)}" if request_id is None else request_id
+        self._check_alive()
+        request = await asyncio.to_thread(
+            self._engine.make_request,
+            key, prompt, sampling_params, priority=priority, tokenization_kwargs=tokenization_kwargs,
+        )  # fmt: skip
+        with self._lock:
+            if key in self._active:
+                raise ValueError(f"request_id {key!r} is in use by an unfinished request; choose another.")
+            self._active.add(key)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._commands.put(_Add(request, stream))
+        finished = False
+        try:
+            while not finished:
+                item = await stream.outputs.get()
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            if not finished:
+                self._commands.put(_Abort(key))
+            with self._lock:
+                self._active.discard(key)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now; its generator yields a last output with `finish_reason="abort"`."""
+        self._commands.put(_Abort(request_id))
+
+    async def check_health(self) -> None:
+        """Raise `EngineDeadError` if the engine cannot serve."""
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise EngineDeadError(f"the engine has failed: {self._error!r}") from self._error
+        if self._closed:
+            raise EngineDeadError("the engine has been shut down")
+
+    def get_metrics(self) -> list[Metric]:
+        """A snapshot of the engine's metrics."""
+        return self._engine.get_metrics()
+
+    def shutdown(self) -> None:
+        """Abort what runs, stop the thread and free the device memory."""
+        self._closed = True
+        self._commands.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                if self._engine.has_unfinished_requests():
+                    self._deliver(self._engine.step())
+        except BaseException as error:
+            self._error = error
+            self._fail(error)
+        else:
+            self._fail(EngineDeadError("the engine has been shut down"))
+            self._engine.close()
+
+    def _obey(self) -> bool:
+        """Carry out waiting commands; sleeps while there is nothing to do. False at shutdown."""
+        idle = not self._engine.has_unfinished_requests()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get(block=idle)
+                idle = False
+                if command is None:
+                    return False
+                if isinstance(command, _Abort):
+                    self._deliver(self._engine.abort_request(command.request_id))
+                else:
+                    self._add(command)
+        return True
+
+    def _add(self, command: _Add) -> None:
+        key = command.request.request_id
+        self._streams[key] = command.stream
+        try:
+            self._engine.add_request(key, command.request)
+        except (TypeError, ValueError) as error:
+            del self._streams[key]
+            self._send({command.stream: [error]})
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Hand outputs to their streams, with one wake-up an event loop."""
+        found: dict[_Stream, list[RequestOutput | BaseException]] = defaultdict(list)
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                found[stream].append(output)
+            if output.finished:
+                self._streams.pop(output.request_id, None)
+        self._send(found)
+
+    def _send(self, items: Mapping[_Stream, list[Any]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, list[Any]]]] = defaultdict(list)
+        for stream, values in items.items():
+            by_loop[stream.loop].append((stream.outputs, values))
+        for loop, deliveries in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(_put_all, deliveries)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell every caller, also those whose request is still in the queue."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if isinstance(command, _Add):
+                    self._streams[command.request.request_id] = command.stream
+        dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine has failed: {error!r}")
+        dead.__cause__ = None if dead is error else error
+        self._send({stream: [dead] for stream in self._streams.values()})
+        self._streams.clear()
+
+
+def _put_all(deliveries: list[tuple[asyncio.Queue, list[Any]]]) -> None:
+    for outputs, values in deliveries:
+        for value in values:
+            outputs.put_nowait(value)

@@ -1,0 +1,119 @@
+"""The memory plan: how many cache pages fit next to the weights and the programs' working memory."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxserve.batch import Bucket
+from jaxserve.config import EngineConfig
+from jaxserve.kv_cache import KVCache
+from jaxserve.models import ModelConfig
+
+GIB = 1 << 30
+CPU_CACHE_BYTES = 2 * GIB  # default pool on CPU, where the engine shares the memory with everything else
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose on one device, and the pages they leave. `limit` is what the engine may use in all."""
+
+    limit: int
+    weights: int
+    working: int
+    page_bytes: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+
+    @property
+    def cache(self) -> int:
+        """Bytes of all pages."""
+        return self.page_bytes * self.num_pages
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the whole pool holds."""
+        return self.num_pages * self.page_size
+
+    def table(self) -> str:
+        """The plan as the table printed at start."""
+        rows = [
+            ("memory the engine may use", self.limit),
+            ("weights", self.weights),
+            ("working memory of the largest step", self.working),
+            (f"cache: {self.num_pages:,} pages of {self.page_size} tokens", self.cache),
+            ("left", self.limit - self.weights - self.working - self.cache),
+        ]
+        lines = [f"  {name:<42} {size / GIB:9.2f} GiB" for name, size in rows]
+        most = self.cache_tokens / self.max_model_len
+        lines.append(f"  room for {self.cache_tokens:,} tokens: {most:.1f} requests of {self.max_model_len:,} tokens")
+        return "\n".join(["memory plan", *lines])
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype) -> int:
+    """Bytes of one page over all layers, its token ids included."""
+    shape = KVCache.shape(model.num_layers, 1, model.num_kv_heads, page_size, model.head_dim)
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize + page_size * np.dtype(np.int32).itemsize
+
+
+def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype) -> int:
+    """First guess of a step's working memory, before its program has been compiled: what must exist at one time."""
+    logits = 4 * bucket.seqs * model.vocab_size * 4  # float32 logits and three copies through the sampler
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    widest = 4 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads)
+    return logits + bucket.tokens * widest * max(np.dtype(dtype).itemsize, 4)
+
+
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, device: jax.Device, *, weights: int, working: int, dtype: np.dtype
+) -> MemoryPlan:
+    """Divide a device's memory. With `fit_max_model_len` the plan may shorten the context to what fits.
+
+    Raises:
+        ValueError: when what is left cannot hold one request of `max_model_len` tokens; it names the numbers and flags.
+    """
+    page = page_bytes(model, config.block_size, dtype)
+    needed = -(-config.max_model_len // config.block_size)
+    on_cpu = device.platform == "cpu"
+    if config.num_gpu_blocks_override is not None:
+        pages = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes is not None:
+        pages = config.kv_cache_memory_bytes // page
+    elif on_cpu:
+        pages = _cpu_pages(page, needed, config.max_num_seqs * needed)
+    else:
+        pages = max(0, device_limit(device, weights) - weights - working) // page
+    limit = weights + working + pages * page if on_cpu else device_limit(device, weights)
+    context = config.max_model_len
+    if config.fit_max_model_len and pages:
+        context = min(context, pages * config.block_size)
+    plan = MemoryPlan(limit, weights, working, page, int(pages), config.block_size, context)
+    if pages * config.block_size < context or not pages:
+        raise ValueError(_too_small(plan, needed))
+    return plan
+
+
+def _cpu_pages(page: int, needed: int, most: int) -> int:
+    """A modest pool, larger if one full-length request needs it and half of the free memory allows it."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
+
+
+def device_limit(device: jax.Device, weights: int) -> int:
+    """Bytes the allocator grants on an accelerator, less what others in this process hold."""
+    stats = device.memory_stats() or {}
+    others = max(stats.get("bytes_in_use", 0) - weights, 0)
+    return stats.get("bytes_limit", 0) - others
+
+
+def _too_small(plan: MemoryPlan, needed: int) -> str:
+    fits = plan.cache_tokens
+    return (
+        f"The cache has room for {plan.num_pages} pages of {plan.page_size} tokens ({fits:,} tokens), but one request of "
+        f"max_model_len={plan.max_model_len:,} tokens needs {needed} pages "
+        f"({needed * plan.page_bytes / GIB:.2f} GiB; weights {plan.weights / GIB:.2f} GiB, working memory "
+        f"{plan.working / GIB:.2f} GiB, limit {plan.limit / GIB:.2f} GiB). Lower max_model_len to at most {fits:,} or "
+        "max_num_batched_tokens, or raise gpu_memory_utilization, kv_cache_memory_bytes or num_gpu_blocks_override."
+    )

@@ -1,0 +1,105 @@
+"""What the engine counts, and the snapshot `get_metrics` returns."""
+
+import bisect
+from dataclasses import dataclass, field
+
+PREFIX = "jaxserve:"
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named number of the engine at one moment."""
+
+    name: str
+    labels: dict[str, str] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Counter(Metric):
+    """A count that only grows."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Gauge(Metric):
+    """A value that goes up and down."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Vector(Metric):
+    """Several counts under one name, by position."""
+
+    values: list[int]
+
+
+@dataclass(frozen=True)
+class Histogram(Metric):
+    """Observations by upper bound, cumulative as in Prometheus; `sum` is their total."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int]
+
+
+class Distribution:
+    """Observations sorted into fixed bounds."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Add `times` observations of `value`."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def snapshot(self, name: str) -> Histogram:
+        """The distribution so far."""
+        total, buckets = 0, {}
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets[bound] = total
+        return Histogram(name, total, self._sum, buckets)
+
+
+class Metrics:
+    """Running totals of one engine; the loop adds to them, nothing else does."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.finished: dict[str, int] = {}
+        self.steps = 0
+        self.time_to_first_token = Distribution(SECONDS)
+        self.inter_token_latency = Distribution(SECONDS)
+        self.e2e_latency = Distribution(SECONDS)
+        self.queue_time = Distribution(SECONDS)
+        self.step_tokens = Distribution(TOKENS)
+
+    def finish(self, reason: str) -> None:
+        """Count one ended request."""
+        self.finished[reason] = self.finished.get(reason, 0) + 1
+
+    def snapshot(self, gauges: dict[str, float], counters: dict[str, int]) -> list[Metric]:
+        """Everything, with the values other parts of the engine keep themselves."""
+        own = {"prompt_tokens": self.prompt_tokens, "generation_tokens": self.generation_tokens, "steps": self.steps}
+        result: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
+        result += [Counter(PREFIX + name, value) for name, value in (own | counters).items()]
+        result += [
+            Counter(PREFIX + "request_success", count, labels={"finished_reason": reason})
+            for reason, count in sorted(self.finished.items())
+        ]
+        distributions = {
+            "time_to_first_token_seconds": self.time_to_first_token,
+            "inter_token_latency_seconds": self.inter_token_latency,
+            "e2e_request_latency_seconds": self.e2e_latency,
+            "request_queue_time_seconds": self.queue_time,
+            "iteration_tokens_total": self.step_tokens,
+        }
+        return result + [distribution.snapshot(PREFIX + name) for name, distribution in distributions.items()]

@@ -1,0 +1,91 @@
+"""From arguments to a ready engine: files, configuration, tokenizer, weights and programs."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxserve.config import EngineArgs, EngineConfig, load_generation_config, merge_overrides, resolve
+from jaxserve.engine.runner import Runner
+from jaxserve.text import Tokenizer, load_tokenizer
+from jaxserve.weights import find_model, load_model, read_hf_config
+from sharding.mesh import make_mesh
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of, besides its host-side bookkeeping."""
+
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    runner: Runner
+
+
+def build_parts(args: EngineArgs) -> Parts:
+    """Load everything an engine needs; the tokenizer loads beside the weights.
+
+    Raises:
+        ValueError: an argument, the model's files or the memory do not fit.
+    """
+    path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
+    hf_config = merge_overrides(read_hf_config(path), args.hf_overrides)
+    set_memory_fraction(args.gpu_memory_utilization)
+    device = jax.devices()[0]
+    config = resolve(
+        args,
+        hf_config,
+        load_generation_config(args.generation_config, path),
+        jax.default_backend(),
+        device_memory=_total_memory(device, args.gpu_memory_utilization),
+        device_kind=device.device_kind,
+    )
+    use_compilation_cache(config.compilation_cache_dir)
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+        tokenizer = pool.submit(_load_tokenizer, args, path)
+        loaded = load_model(
+            path,
+            hf_config=hf_config,
+            dtype=config.dtype,
+            load_format=config.load_format,
+            mesh=make_mesh(devices=[device]),
+            max_model_len=config.max_model_len,
+            seed=config.seed,
+            show_progress=config.use_tqdm_on_load,
+        )
+        runner = Runner(loaded, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
+        return Parts(runner.config, tokenizer.result(), runner)
+
+
+def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:
+    if args.skip_tokenizer_init:
+        return None
+    return load_tokenizer(
+        args.tokenizer or path,
+        tokenizer_mode=args.tokenizer_mode,
+        revision=args.tokenizer_revision or args.revision,
+        token=args.hf_token,
+        chat_template=args.chat_template,
+    )
+
+
+def set_memory_fraction(fraction: float) -> None:
+    """Let the accelerator's allocator take this share; without effect once jax is in use, or if the program chose."""
+    if jax.config.jax_pjrt_client_create_options is None:
+        jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": fraction})
+
+
+def use_compilation_cache(folder: Path | None) -> None:
+    """Keep compiled programs in `folder`, unless the program has chosen another place."""
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _total_memory(device: jax.Device, fraction: float) -> int | None:
+    """Bytes of the device, from what the allocator may take of it."""
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return None if limit is None else int(limit / fraction)

