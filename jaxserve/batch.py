@@ -5,7 +5,8 @@ A step's host data travels as one int32 buffer (float fields by their bits): `pa
 """
 
 import math
-from collections.abc import Callable, Sequence as Rows
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from enum import IntEnum
 

@@ -67,4 +67,3 @@ class KVCache:
             q, self.kv, layer, chunks.page_table, chunks.cu_q_lens, chunks.kv_lens,
             scale=scale, window=window, soft_cap=soft_cap,
         )  # fmt: skip
-

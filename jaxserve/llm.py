@@ -280,7 +280,9 @@ def _per_prompt(name: str, value: Any, count: int, kind: type) -> list[Any]:
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be {kind.__name__} or a list of them, got {value!r}.")
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} prompts; give one each, or a single one for all.")
+        raise ValueError(
+            f"{name} has {len(value)} entries for {count} prompts; give one each, or a single one for all."
+        )
     wrong = [index for index, item in enumerate(value) if not isinstance(item, kind)]
     if wrong:
         raise TypeError(f"{name}[{wrong[0]}] must be {kind.__name__}, got {value[wrong[0]]!r}.")

@@ -1,8 +1,9 @@
 """Sampling on the device: every `SamplingParams` field that changes which token comes next, in vLLM's order.
 
-allowed ids -> bad words, min_tokens, logit bias -> repetition, frequency, presence penalty -> greedy, or temperature ->
-min-p -> top-k -> top-p -> draw. Stages that no row of the step asks for are skipped by a run-time branch, so one program
-serves every mixture. A row's random key is `fold_in(seed, position)`: the batch around a request never changes its draw.
+allowed ids -> bad words, min_tokens, logit bias -> repetition, frequency, presence penalty -> greedy, or temperature
+-> min-p -> top-k -> top-p -> draw. Stages that no row of the step asks for are skipped by a run-time branch, so one
+program serves every mixture. A row's random key is `fold_in(seed, position)`: the batch around a request never changes
+its draw.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def sample(
     tokens: Int[Array, "pages p"],
     chunks: Chunks,
 ) -> tuple[Int[Array, "S"], Float[Array, "S V"]]:
-    """Draw one token a row; also return the processed logits (masks, penalties, temperature, top-k and top-p applied)."""
+    """Draw one token a row; also return the processed logits (after masks, penalties, temperature, top-k, top-p)."""
     logits = lax.cond(
         jnp.any(edits.rows < logits.shape[0]) | jnp.any(rows.allow_only),
         lambda x: apply_edits(x, rows.allow_only, edits, last_token),
@@ -122,9 +123,7 @@ def _draw(
     return masked, jnp.argmax(masked + gumbel, axis=-1).astype(jnp.int32)
 
 
-def score(
-    logits: Float[Array, "R V"], ids: Int[Array, "R"], k: int, *, as_logprobs: bool
-) -> Scores:
+def score(logits: Float[Array, "R V"], ids: Int[Array, "R"], k: int, *, as_logprobs: bool) -> Scores:
     """Value and rank of `ids`, and the `k` best tokens, of each row."""
     values = jax.nn.log_softmax(logits, axis=-1) if as_logprobs else logits
     value = jnp.take_along_axis(values, ids[:, None], axis=1)

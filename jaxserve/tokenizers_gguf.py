@@ -88,7 +88,7 @@ _PRE: Mapping[str, Pre] = {
     "glm4": Pre((_CL100K,)),
     "qwen2": Pre((_QWEN2,), nfc=True),
     "qwen35": Pre((_QWEN35,), nfc=True),
-    "stablelm2": Pre((_QWEN2,), nfc=True),
+    "stablelm2": Pre((_QWEN2,)),
     "deepseek-r1-qwen": Pre((_QWEN2,)),
     "tekken": Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o": Pre((_O200K,)),

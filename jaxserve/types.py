@@ -4,6 +4,7 @@
 tokens) -> ... -> `RequestOutput`.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -210,7 +211,7 @@ class Sequence:
     def check(self) -> None:
         """Assert the chain of lengths; cheap enough for property tests after every step."""
         chain = (0, self.num_computed, self.length, len(self.tokens))
-        if any(low > high for low, high in zip(chain, chain[1:], strict=False)) or self.num_prompt > self.num_tokens:
+        if any(low > high for low, high in itertools.pairwise(chain)) or self.num_prompt > self.num_tokens:
             raise AssertionError(f"broken lengths of {self.request.request_id}: {chain}, {self.num_prompt=}")
 
 

@@ -28,7 +28,7 @@ from jaxserve.checkpoints import (
     read_generation_config,
     read_hf_config,
 )
-from jaxserve.checkpoints.base import shorten
+from jaxserve.checkpoints.base import list_names
 from jaxserve.checkpoints.orbax import MANIFEST, is_engine_ready, read_manifest, restore_arrays, save_arrays
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import CausalLM
@@ -124,7 +124,7 @@ def load_model(
         arrays = restore_arrays(path, parameters, family=family.name)
     else:
         checkpoint = open_checkpoint(path, load_format)
-        arrays = load_parameters(checkpoint, path, family, config, parameters, show_progress)
+        arrays = load_parameters(checkpoint, path, family, config, parameters=parameters, show_progress=show_progress)
     leaves = tuple(arrays[name] for name in parameters)
     return LoadedModel(path, hf_config, family.name, config, chosen, graphdef, treedef, tuple(parameters), leaves)
 
@@ -179,6 +179,7 @@ def load_parameters(
     path: Path,
     family: Family,
     config: ModelConfig,
+    *,
     parameters: Parameters,
     show_progress: bool,
 ) -> dict[str, jax.Array]:
@@ -189,7 +190,7 @@ def load_parameters(
     """
     rules = expand(family.rules(config), config.num_layers)
     if unmade := parameters.keys() ^ {rule.target for rule in rules}:
-        raise ValueError(f"the rules of the family {family.name!r} do not match its parameters: {shorten(unmade)}")
+        raise ValueError(f"the rules of the family {family.name!r} do not match its parameters: {list_names(unmade)}")
     check_names(checkpoint, path, rules, family.ignores(config))
     arrays: dict[str, jax.Array] = {}
     total = sum(checkpoint.nbytes(name) for rule in rules for name in rule.sources)
@@ -205,11 +206,13 @@ def check_names(checkpoint: Checkpoint, path: Path, rules: Iterable[Rule], ignor
     names, needed = checkpoint.names(), {name for rule in rules for name in rule.sources}
     problems = []
     if missing := needed - names:
-        problems.append(f"lacks {len(missing)} of the model's tensors: {shorten(missing)}")
+        problems.append(f"lacks {len(missing)} of the model's tensors: {list_names(missing)}")
     extra = {name for name in names - needed if not any(fnmatch(name, pattern) for pattern in ignored)}
     if extra:
         files = {checkpoint.file(name).name for name in extra}
-        problems.append(f"has {len(extra)} tensors (in {shorten(files)}) that the model does not use: {shorten(extra)}")
+        problems.append(
+            f"has {len(extra)} tensors (in {list_names(files)}) that the model does not use: {list_names(extra)}"
+        )
     if problems:
         raise CheckpointError(
             f"{path} {', and '.join(problems)}; the config does not describe this checkpoint, or it is incomplete"

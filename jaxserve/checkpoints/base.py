@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ class CheckpointError(ValueError):
     """A model file is missing, damaged, unsafe or does not fit the model; the message names it and the remedy."""
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Tensors by their Hugging Face names and in Hugging Face's conventions, whatever the file format.
 
@@ -51,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def shorten(names: set[str] | list[str], limit: int = 8) -> str:
+def list_names(names: set[str] | list[str], limit: int = 8) -> str:
     """A sorted list of names for an error message, layer numbers in numeric order, the tail counted."""
     ordered = sorted(names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part)
                                               for part in re.split(r"\.", name)])  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.checkpoints.base import CheckpointError, read_json, shorten
+from jaxserve.checkpoints.base import CheckpointError, list_names, read_json
 
 MANIFEST = "jaxserve.json"
 WEIGHTS = "weights"
@@ -88,9 +88,9 @@ def _check_parameters(path: Path, stored: Mapping[str, tuple], wanted: Mapping[s
     """Compare names and shapes before any data is read."""
     problems = []
     if missing := wanted.keys() - stored.keys():
-        problems.append(f"lacks {shorten(missing)}")
+        problems.append(f"lacks {list_names(missing)}")
     if extra := stored.keys() - wanted.keys():
-        problems.append(f"also has {shorten(extra)}")
+        problems.append(f"also has {list_names(extra)}")
     for name in sorted(wanted.keys() & stored.keys()):
         if tuple(stored[name]) != tuple(wanted[name]):
             problems.append(f"has {name} with shape {list(stored[name])} where the model needs {list(wanted[name])}")

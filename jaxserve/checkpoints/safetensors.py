@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxserve.checkpoints.base import CheckpointError, read_json, shorten
+from jaxserve.checkpoints.base import CheckpointError, list_names, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16", "F64")
@@ -37,7 +37,7 @@ class SafetensorsCheckpoint:
                 self._where[tensor] = file
         if absent := {name for name, file in listed.items() if self._where.get(name) != file}:
             raise CheckpointError(
-                f"{folder / INDEX} lists tensors that its files lack: {shorten(absent)}; download the model again"
+                f"{folder / INDEX} lists tensors that its files lack: {list_names(absent)}; download the model again"
             )
 
     def names(self) -> set[str]:
@@ -82,9 +82,9 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map of tensor names to file names; download it again")
     files = set(listed.values())
     if unsafe := {file for file in files if not _is_inside(file)}:
-        raise CheckpointError(f"{path} names files outside its folder, which is refused: {shorten(unsafe)}")
+        raise CheckpointError(f"{path} names files outside its folder, which is refused: {list_names(unsafe)}")
     if absent := {file for file in files if not (folder / file).exists()}:
-        raise CheckpointError(f"{folder} lacks {shorten(absent)}, which {INDEX} names; download the model again")
+        raise CheckpointError(f"{folder} lacks {list_names(absent)}, which {INDEX} names; download the model again")
     return listed
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 from jaxserve.checks import ParameterError, check_choice, require
 from jaxserve.config.args import DTYPES, EngineArgs
@@ -14,6 +14,7 @@ from jaxserve.config.model_facts import (
     eos_token_ids,
     merge_overrides,
     model_limit,
+    model_vocab_size,
 )
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -29,6 +30,7 @@ class EngineConfig:
     Attributes:
         platform: "cpu", "gpu" or "tpu".
         dtype: "float32", "bfloat16" or "float16", of weights, activations and cache.
+        vocab_size: rows of the embedding table, so token ids are below it.
         max_model_len: longest prompt plus output in tokens.
         fit_max_model_len: whether the memory plan may lower `max_model_len` (nobody asked for that very length).
         block_size: tokens per cache page.
@@ -42,10 +44,13 @@ class EngineConfig:
 
     platform: str
     model: str | None
+    chat_template: str | None
+    skip_tokenizer_init: bool
     load_format: str
     use_tqdm_on_load: bool
     dtype: str
     seed: int
+    vocab_size: int
     max_model_len: int
     fit_max_model_len: bool
     served_model_names: tuple[str, ...]
@@ -67,7 +72,7 @@ class EngineConfig:
     eos_token_ids: frozenset[int] = frozenset()
     default_sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def fitted(self, max_model_len: int) -> Self:
+    def fitted(self, max_model_len: int) -> "EngineConfig":
         """The config for a shorter context, which the memory plan found to be all that fits."""
         limit = f"be between 1 and {self.max_model_len}"
         require(1 <= max_model_len <= self.max_model_len, "max_model_len", max_model_len, limit)
@@ -113,10 +118,13 @@ def resolve(
     return EngineConfig(
         platform=platform,
         model=args.model,
+        chat_template=args.chat_template,
+        skip_tokenizer_init=args.skip_tokenizer_init,
         load_format=args.load_format,
         use_tqdm_on_load=args.use_tqdm_on_load,
         dtype=dtype,
         seed=args.seed,
+        vocab_size=model_vocab_size(hf_config),
         max_model_len=max_model_len,
         fit_max_model_len=args.max_model_len is None,
         served_model_names=tuple(names),

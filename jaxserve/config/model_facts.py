@@ -66,6 +66,17 @@ def model_limit(hf_config: Config) -> int:
     return max([length, *(_scaled(rope, length) for rope in _rope_settings(config))])
 
 
+def model_vocab_size(hf_config: Config) -> int:
+    """Rows of the model's embedding table.
+
+    Raises:
+        ParameterError: when the config does not state it.
+    """
+    size = text_config(hf_config).get("vocab_size")
+    require(size is not None, "vocab_size", size, "be in the model's config.json")
+    return check_int("vocab_size of the model's config.json", size)
+
+
 def _rope_settings(config: Config) -> list[Config]:
     """Rope settings in the older (`rope_scaling`) or the newer form (`rope_parameters`, perhaps per layer type)."""
     found = []

@@ -87,8 +87,8 @@ def about(
     kind: str,
     *,
     choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
+    low: int | float | None = None,
+    high: int | float | None = None,
 ) -> dict[str, Any]:
     """The metadata of an option's field; None is a valid value where it is the default."""
     parts = {"help": help, "group": group, "kind": kind, "choices": choices, "low": low, "high": high}

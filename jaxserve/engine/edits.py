@@ -1,6 +1,7 @@
 """Turn token-level constraints into the sparse logit edits of one step. Host only."""
 
-from collections.abc import Iterator, Sequence as Ids
+from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 
 import numpy as np
 

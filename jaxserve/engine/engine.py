@@ -86,8 +86,10 @@ class LLMEngine:
         if isinstance(prompt, Request):
             request = replace(prompt, request_id=request_id)
         else:
-            options = dict(arrival_time=arrival_time, tokenization_kwargs=tokenization_kwargs, priority=priority)
-            request = self.make_request(request_id, prompt, params, **options)
+            request = self.make_request(
+                request_id, prompt, params,
+                arrival_time=arrival_time, tokenization_kwargs=tokenization_kwargs, priority=priority,
+            )  # fmt: skip
         sequences = make_sequences(
             request,
             eos_ids=self.config.eos_token_ids,
@@ -120,7 +122,7 @@ class LLMEngine:
         outputs = self._failed()
         if previous is not None:
             results = previous.results()
-            gained = self.scheduler.commit(previous.work, results.tokens)
+            gained = self.scheduler.commit(previous.work, results.tokens[: len(previous.work.sequences)])
             outputs += self._outputs.process(previous.work, results, gained)
             self._metrics.steps += 1
             self._metrics.step_tokens.observe(previous.work.total_tokens)
@@ -132,9 +134,10 @@ class LLMEngine:
         for sequence in self.scheduler.take_failed():
             record = self._outputs.records.get(sequence.request.request_id)
             if record is not None:
+                room = self.scheduler.pages.num_pages * self.config.block_size
                 message = (
-                    f"The cache of {self.scheduler.pages.num_pages} pages of {self.config.block_size} tokens cannot hold "
-                    f"this request's {sequence.num_tokens} tokens; raise gpu_memory_utilization or kv_cache_memory_bytes."
+                    f"The cache holds {room} tokens, too few for this request's {sequence.num_tokens}; "
+                    "raise gpu_memory_utilization or kv_cache_memory_bytes."
                 )
                 outputs.append(self._end(record, "error", message))
         return [output for output in outputs if output is not None]

@@ -111,8 +111,8 @@ def device_limit(device: jax.Device, weights: int) -> int:
 def _too_small(plan: MemoryPlan, needed: int) -> str:
     fits = plan.cache_tokens
     return (
-        f"The cache has room for {plan.num_pages} pages of {plan.page_size} tokens ({fits:,} tokens), but one request of "
-        f"max_model_len={plan.max_model_len:,} tokens needs {needed} pages "
+        f"The cache has room for {plan.num_pages} pages of {plan.page_size} tokens ({fits:,} tokens), but one request "
+        f"of max_model_len={plan.max_model_len:,} tokens needs {needed} pages "
         f"({needed * plan.page_bytes / GIB:.2f} GiB; weights {plan.weights / GIB:.2f} GiB, working memory "
         f"{plan.working / GIB:.2f} GiB, limit {plan.limit / GIB:.2f} GiB). Lower max_model_len to at most {fits:,} or "
         "max_num_batched_tokens, or raise gpu_memory_utilization, kv_cache_memory_bytes or num_gpu_blocks_override."

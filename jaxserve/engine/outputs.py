@@ -151,9 +151,9 @@ class OutputProcessor:
         params = sequence.params
         if params.stop and (matched := continuation.decode()) is not None and not sequence.finished:
             self._scheduler.finish(sequence, "stop", matched)
-        if params.repetition_detection is not None and not sequence.finished:
-            if detect_repetition(sequence.output_ids, params.repetition_detection):
-                self._scheduler.finish(sequence, "repetition", "repetition_detected")
+        rule = params.repetition_detection
+        if rule is not None and not sequence.finished and detect_repetition(sequence.output_ids, rule):
+            self._scheduler.finish(sequence, "repetition", "repetition_detected")
 
     def _time(self, sequence: Sequence, now: float) -> None:
         stats, metrics = sequence.stats, self._metrics
@@ -183,7 +183,7 @@ class OutputProcessor:
                 continuation.cumulative_logprob += entry[token].logprob
 
     def _add_prompt_logprobs(self, work: Work, scores: Scores) -> None:
-        """Token `t` of a chunk scores the prompt token at position `t + 1`; every child of a request computes the same."""
+        """Token `t` of a chunk scores the prompt token after it; all children of a request compute the same."""
         ends = np.cumsum(work.num_tokens)
         for row, sequence in enumerate(work.sequences):
             record = self.records.get(sequence.request.request_id)

@@ -59,7 +59,7 @@ class Runner:
         working = estimate_working(model, self.buckets.largest, dtype)
         while True:
             plan = plan_memory(
-                self.config, model, self._device, weights=self._loaded.num_bytes, working=working, dtype=dtype
+                self.config, model, self._device, weights=self._loaded.total_bytes, working=working, dtype=dtype
             )
             self.config = self.config.fitted(plan.max_model_len)
             programs = self._programs(plan)

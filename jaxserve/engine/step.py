@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxserve.batch import Bucket, Level, Limits, State, packed_size, unpack
-from jaxserve.models import CausalLM
+from jaxserve.models.decoder import CausalLM
 from jaxserve.sampling import Scores, sample, score
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,9 @@ class Programs:
         def program(leaves: tuple[Array, ...], state: State, buffer: Array) -> tuple[State, Array]:
             return step(self._merge(leaves), state, buffer, bucket, self._limits, self._mode)
 
-        abstract_leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._leaves)
+        abstract_leaves = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._leaves
+        )
         buffer = jax.ShapeDtypeStruct((packed_size(bucket, self._limits),), jnp.int32)
         lowered = jax.jit(program, donate_argnums=1).lower(abstract_leaves, self._abstract_state, buffer)
         compiled = lowered.compile(self._options)

@@ -56,10 +56,8 @@ class Linear(nnx.Module):
         std = math.prod(size for _, size in inputs) ** -0.5
         kernel = normal(rngs, tuple(size for _, size in axes), std, dtype)
         self.kernel = nnx.Param(kernel, axes=tuple(name for name, _ in axes))
-        self.bias = None
-        if bias:
-            zeros = jnp.zeros(tuple(size for _, size in outputs), dtype)
-            self.bias = nnx.Param(zeros, axes=tuple(name for name, _ in outputs))
+        zeros = jnp.zeros(tuple(size for _, size in outputs), dtype)
+        self.bias = nnx.Param(zeros, axes=tuple(name for name, _ in outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "T *inputs"], out_dtype: jnp.dtype | None = None) -> Float[Array, "T *outputs"]:
         y = contract(x, self.kernel[...], KERNEL_LAYOUT, out_dtype)

@@ -116,6 +116,11 @@ class Attributes:
         self._handled.add(name)
         return self._values.get(name, default)
 
+    def number(self, name: str, default: float | None) -> float | None:
+        """As `optional`, as a float, since JSON may write 30.0 as 30."""
+        value = self.optional(name, default)
+        return None if value is None else float(value)
+
     def expect(self, name: str, supported: Any) -> None:
         """Raise ValueError unless the attribute is absent or has the one value that is supported."""
         if (value := self.get(name, supported)) != supported:
@@ -149,6 +154,6 @@ def decoder_fields(attributes: Attributes) -> dict[str, Any]:
         "vocab_size": attributes.get("vocab_size"),
         "max_position_embeddings": attributes.get("max_position_embeddings"),
         "attention_scale": head_dim**-0.5,
-        "norm_eps": attributes.get("rms_norm_eps"),
+        "norm_eps": float(attributes.get("rms_norm_eps")),
         "tie_word_embeddings": attributes.get("tie_word_embeddings", False),
     }

@@ -103,10 +103,9 @@ class CausalLM(nnx.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([block(config, kind, dtype=dtype, rngs=rngs) for kind in config.layer_types])
         self.norm = make_norm(config, dtype)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            width, vocabulary = (("D", config.hidden_size),), (("V", config.vocab_size),)
-            self.lm_head = Linear(width, vocabulary, dtype=dtype, rngs=rngs)
+        width, vocabulary = (("D", config.hidden_size),), (("V", config.vocab_size),)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(width, vocabulary, dtype=dtype, rngs=rngs)
 
     def __call__(self, token_ids: Int[Array, "T"], chunks: Chunks, cache: KVCache) -> Step:
         """Hidden states after the final norm, `[T, D]` in the model's dtype, and the cache with the new tokens."""

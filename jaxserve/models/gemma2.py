@@ -20,8 +20,8 @@ def read_config(hf_config: Mapping[str, Any], max_model_len: int | None) -> Mode
         **fields,
         rope=read_rope(attributes, fields, max_model_len),
         layer_types=tuple(attributes.get("layer_types", alternating)),
-        logit_soft_cap=attributes.optional("final_logit_softcapping", 30.0),
-        attention_soft_cap=attributes.optional("attn_logit_softcapping", 50.0),
+        logit_soft_cap=attributes.number("final_logit_softcapping", 30.0),
+        attention_soft_cap=attributes.number("attn_logit_softcapping", 50.0),
     )
     attributes.finish()
     return result

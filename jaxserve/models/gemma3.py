@@ -26,7 +26,7 @@ def read_config(hf_config: Mapping[str, Any], max_model_len: int | None) -> Mode
         sliding_rope=sliding,
         layer_types=tuple(attributes.get("layer_types", pattern)),
         qk_norm=True,
-        logit_soft_cap=attributes.get("final_logit_softcapping", None),
+        logit_soft_cap=attributes.number("final_logit_softcapping", None),
     )
     attributes.finish()
     return result
@@ -49,7 +49,7 @@ def ropes(attributes: Attributes, fields: Mapping[str, Any], max_model_len: int 
             head_dim=fields["head_dim"],
             max_position_embeddings=fields["max_position_embeddings"],
             max_model_len=max_model_len,
-            theta=thetas[layer_type],
+            theta=float(thetas[layer_type]),
         )
 
     return rope(FULL, scaling), rope(SLIDING, {})

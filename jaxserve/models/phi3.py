@@ -47,8 +47,8 @@ def rope(attributes: Attributes, fields: Mapping[str, Any], max_model_len: int |
         head_dim=fields["head_dim"],
         max_position_embeddings=fields["max_position_embeddings"],
         max_model_len=max_model_len,
-        theta=attributes.get("rope_theta", 10000.0),
-        partial_rotary_factor=attributes.get("partial_rotary_factor", 1.0),
+        theta=float(attributes.get("rope_theta", 10000.0)),
+        partial_rotary_factor=float(attributes.get("partial_rotary_factor", 1.0)),
     )
 
 

@@ -31,7 +31,8 @@ def window_fields(attributes: Attributes, num_layers: int) -> dict[str, Any]:
     """
     window = attributes.optional("sliding_window", 4096)
     used = attributes.get("use_sliding_window", False) and window is not None
-    full = min(attributes.get("max_window_layers", 28), num_layers) if used else num_layers
+    lower = min(attributes.get("max_window_layers", 28), num_layers)
+    full = lower if used else num_layers
     kinds = attributes.get("layer_types", (FULL,) * full + (SLIDING,) * (num_layers - full))
     return {"layer_types": tuple(kinds), "window": window if used else None}
 

@@ -68,8 +68,8 @@ def _llama3(theta: float, settings: Settings, context: Context) -> Frequencies:
 def _yarn(theta: float, settings: Settings, context: Context) -> Frequencies:
     """YaRN (Peng et al., 2023): a linear ramp between interpolated and kept frequencies, and hotter attention."""
     original = settings.get("original_max_position_embeddings", context.max_position_embeddings)
-    factor = settings.get("factor", context.max_position_embeddings / original)
-    fast, slow = settings.get("beta_fast", 32), settings.get("beta_slow", 1)
+    factor = float(settings.get("factor", context.max_position_embeddings / original))
+    fast, slow = float(settings.get("beta_fast", 32)), float(settings.get("beta_slow", 1))
 
     def feature(rotations: float) -> float:
         return context.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -84,7 +84,7 @@ def _yarn(theta: float, settings: Settings, context: Context) -> Frequencies:
     mscale, mscale_all = settings.get("mscale", 0), settings.get("mscale_all_dim", 0)
     temperature = _yarn_scale(factor, 1.0)
     if mscale and mscale_all:
-        temperature = _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all)
+        temperature = _yarn_scale(factor, float(mscale)) / _yarn_scale(factor, float(mscale_all))
     return (
         (plain / np.float32(factor) * (1 - keep) + plain * keep).astype(np.float32),
         settings.get("attention_factor", temperature),
@@ -169,6 +169,6 @@ def read_rope(
         head_dim=fields["head_dim"],
         max_position_embeddings=fields["max_position_embeddings"],
         max_model_len=max_model_len,
-        theta=attributes.get("rope_theta", theta),
-        partial_rotary_factor=attributes.get("partial_rotary_factor", 1.0),
+        theta=float(attributes.get("rope_theta", theta)),
+        partial_rotary_factor=float(attributes.get("partial_rotary_factor", 1.0)),
     )

@@ -1,0 +1,130 @@
+"""The `jaxserve` command: a table of sub-commands, and what all of them share.
+
+A sub-command is a module of this package with `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> exit code`, and
+one row in `COMMANDS`. Modules are imported when they are called, and the engine only when a command really starts, so
+that `--help` and a misspelled flag answer at once.
+
+Exit codes: 0 done, 1 something failed, 2 the command line was wrong, 130 interrupted.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from jaxserve.checks import ParameterError, suggest
+from jaxserve.cli.flags import Parser, UsageError, dashes
+
+# Words of the command -> module of this package, and its line in the overview.
+COMMANDS = {
+    "generate": ("generate", "continue prompts given as arguments, on standard input or in a JSONL file"),
+    "chat": ("chat", "talk to a model in the terminal"),
+    "bench offline": ("bench", "measure throughput and latency on random prompts"),
+    "convert": ("convert", "write a model as an engine-ready checkpoint that loads faster"),
+}
+OVERVIEW = """usage: jaxserve COMMAND [OPTIONS]
+
+LLM inference on CPUs, NVIDIA GPUs and TPUs.
+
+commands:
+{commands}
+
+options:
+  -h, --help     this text; `jaxserve COMMAND --help` lists the options of a command
+  --version      the version
+"""
+
+
+def overview() -> str:
+    """The text of `jaxserve --help`."""
+    width = max(map(len, COMMANDS))
+    return OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()))
+
+
+def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name and the arguments after it.
+
+    Raises:
+        UsageError: there is no such command.
+    """
+    for name in COMMANDS:
+        words = name.split()
+        if list(argv[: len(words)]) == words:
+            return name, list(argv[len(words) :])
+    partial = [name for name in COMMANDS if name.split()[0] == argv[0]]
+    if partial:
+        raise UsageError(f"{argv[0]!r} is not complete; there is: {', '.join(partial)}")
+    raise UsageError(f"there is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)} See jaxserve --help.")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of the command that `argv` names; `args.run` is what to call.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    name, rest = find_command(argv)
+    module = importlib.import_module(f"jaxserve.cli.{COMMANDS[name][0]}")
+    parser = Parser(prog=f"jaxserve {name}", description=module.DESCRIPTION)
+    module.add_arguments(parser)
+    common = parser.add_argument_group("output")
+    common.add_argument("-v", "--verbose", action="store_true", help="say what the engine does (memory, compilation)")
+    common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    args, unknown = parser.parse_known_intermixed_args(dashes(rest))
+    if unknown:
+        known = [flag for action in parser.listed_actions() for flag in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise UsageError(f"unknown option {word!r}.{suggest(word, known)} See jaxserve {name} --help.")
+    args.run = module.run
+    return args
+
+
+def set_up_output(verbose: bool) -> None:
+    """Log lines on standard error, and no advice from libraries about packages that are not needed here."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("jaxserve").setLevel(logging.INFO if verbose else logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def report(error: BaseException, debug: bool) -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if expected:
+        print(f"error: {text}", file=sys.stderr)
+    else:
+        hint = "" if debug else " (--debug shows where)"
+        print(f"error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+    return 2 if isinstance(error, ParameterError | UsageError | TypeError) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["--version"]:
+        print(f"jaxserve {importlib.metadata.version('jaxserve')}")
+        return 0
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0 if words else 2
+    debug = "--debug" in words
+    try:
+        args = parse(words)
+        set_up_output(args.verbose)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has left
+        return 141
+    except Exception as error:
+        return report(error, debug)
