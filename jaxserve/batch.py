@@ -37,6 +37,19 @@ class Bucket:
     level: Level = Level.GREEDY
     edits: int = 0
 
+    @property
+    def decode_only(self) -> bool:
+        """Whether every row is known to hold one token (which attention may rely on)."""
+        return self.tokens == self.seqs
+
+    def covers(self, other: "Bucket") -> bool:
+        """Whether a step that fits `other` can run in this bucket."""
+        sizes = zip(self._sizes(), other._sizes(), strict=True)
+        return all(mine >= theirs for mine, theirs in sizes) and (other.decode_only or not self.decode_only)
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.tokens, self.seqs, self.level, self.edits
+
     def __str__(self) -> str:
         return f"{self.tokens} tokens x {self.seqs} sequences, {self.level.name.lower()}, {self.edits} edits"
 

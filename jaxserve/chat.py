@@ -128,11 +128,11 @@ def read_chat_template(value: str | Path) -> str:
 
 def render_chat(
     template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Any,
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Any = None,
     **variables: Any,
 ) -> str:
     """The prompt text of one conversation.
@@ -142,9 +142,10 @@ def render_chat(
     Arguments of tool calls given as JSON text are parsed, since templates want mappings.
 
     Args:
+        messages: a list of mappings with `role` and `content`, checked here.
         add_generation_prompt: end with the header of an assistant message.
         continue_final_message: leave the last message open, so that the model goes on with it.
-        tools: JSON schemas of the functions that the model may call.
+        tools: a list of JSON schemas of the functions that the model may call.
         variables: further variables of the template.
 
     Raises:

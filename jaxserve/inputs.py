@@ -7,7 +7,7 @@ cannot be used. The caller's objects are never changed.
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, no_type_check
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ UNSUPPORTED_PROMPT_KEYS = (
 )
 
 
+@runtime_checkable
 class PromptTokenizer(Protocol):
     """What this module needs of a tokenizer; `max_chars_per_token` is the length of its longest token's text."""
 
@@ -251,9 +252,9 @@ def check_prompt_ids(ids: Any, vocab_size: int) -> np.ndarray:
         raise TypeError(
             f"prompt_token_ids must be a list of integers, got {shorten(ids)} of type {type(ids).__name__}."
         )
-    plain = ids if all(type(token) is int for token in ids) else [
-        check_int(f"prompt_token_ids[{i}]", token) for i, token in enumerate(ids)
-    ]  # fmt: skip
+    plain = ids
+    if not set(map(type, ids)) <= {int}:  # the loop over a long prompt is for the rare case
+        plain = [check_int(f"prompt_token_ids[{i}]", token) for i, token in enumerate(ids)]
     if plain and (min(plain) < 0 or max(plain) >= vocab_size):
         index = next(i for i, token in enumerate(plain) if not 0 <= token < vocab_size)
         rule = f"be in the vocabulary, 0 to {vocab_size - 1}"

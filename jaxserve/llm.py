@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class LLM:
         self._queued: list[Prepared] = []
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLM":
         """Build from a ready `EngineArgs`."""
         return cls(**vars(engine_args))
 

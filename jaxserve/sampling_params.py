@@ -19,6 +19,7 @@ from jaxserve.checks import (
     check_token_ids,
     require,
     shorten,
+    suggest,
 )
 
 GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken
@@ -311,12 +312,12 @@ class SamplingParams:
 
         Keys of `logit_bias` may be strings of digits and its values are clamped to [-100, 100], as JSON clients expect.
         """
-        given: dict[str, Any] = {
-            name: value for name, value in values.items() if value is not None or name == "max_tokens"
-        }
-        unknown = sorted(given.keys() - {item.name for item in fields(cls)})
-        if unknown:
-            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}.")
+        known = [item.name for item in fields(cls)]
+        for name in values.keys() - set(known):
+            raise TypeError(f"SamplingParams has no field {name!r}.{suggest(name, known)}")
+        given: dict[str, Any] = {**values}
+        for name in [key for key, value in values.items() if value is None and key != "max_tokens"]:
+            del given[name]
         if isinstance(given.get("logit_bias"), Mapping):
             given["logit_bias"] = dict(_json_biases(given["logit_bias"].items()))
         return cls(**given)

@@ -5,7 +5,7 @@ A GGUF file (ggml, `docs/gguf.md`) names its tokenizer family
 below are those the models were trained with, as their publishers state them in `tokenizer.json`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -154,10 +154,10 @@ class _Facts:
 
     def __init__(self, metadata: Mapping[str, Any]):
         self.metadata = metadata
-        self.tokens: Sequence[str] = self.get("tokens", ())
+        self.tokens: list[str] = self.get("tokens", [])
         if not self.tokens:
             raise ValueError("it has no tokenizer.ggml.tokens; give a tokenizer folder with tokenizer=...")
-        self.types: Sequence[int] = self.get("token_type", None) or [TokenType.NORMAL] * len(self.tokens)
+        self.types: list[int] = self.get("token_type", None) or [TokenType.NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise ValueError(f"{len(self.types)} token types for {len(self.tokens)} tokens")
         self.vocab = {token: index for index, token in enumerate(self.tokens)}
@@ -206,6 +206,9 @@ def _byte_level(facts: _Facts) -> tuple[Tokenizer, bool]:
         )
     pre = _PRE[name]
     merges = [tuple(merge.split(" ", 1)) for merge in facts.get("merges", ())]
+    wrong = next((i for i, merge in enumerate(merges) if len(merge) != 2), None)
+    if wrong is not None:
+        raise ValueError(f"merge {wrong} {merges[wrong][0]!r} is not two tokens")
     backend = _tokenizer(lambda: models.BPE(facts.vocab, merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
@@ -247,7 +250,7 @@ def _merges_from_scores(facts: _Facts) -> list[tuple[str, str]]:
     return [(token[:cut], token[cut:]) for _, _, _, cut, token in found]
 
 
-def _tokenizer(make: Callable[[], models.Model]) -> Tokenizer:
+def _tokenizer(make: Callable[[], Any]) -> Tokenizer:
     try:
         return Tokenizer(make())
     except Exception as error:  # the Rust side raises plain Exception, e.g. for a merge of unknown tokens

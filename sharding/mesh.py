@@ -9,7 +9,11 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "model")
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
     """A mesh `("data", "model")` over the first `data * model` devices, neighbours along "model".
 
     Args:

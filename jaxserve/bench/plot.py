@@ -5,16 +5,11 @@ from pathlib import Path
 from jaxserve.bench.offline import Result
 
 
-def check_plotting() -> None:
-    """Raise `ImportError` with the remedy when matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError('--plot needs matplotlib; run: pip install "jaxserve[plot]"') from error
-
-
 def plot(results: list[Result], title: str, path: str | Path) -> None:
-    """Write a picture of output tokens per second and time per output token; the suffix chooses the format."""
+    """Write a picture of output tokens per second and time per output token; the suffix chooses the format.
+
+    Needs matplotlib, which is imported here because nothing else does.
+    """
     from matplotlib.figure import Figure
 
     sizes = [result.batch_size for result in results]

@@ -124,9 +124,9 @@ def _gemma(reader: _Reader, config: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": config["hidden_size"] // heads if largest else config["head_dim"],
         "sliding_window": reader.need("attention.sliding_window"),
         "layer_types": ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)],
-        "attn_logit_softcapping": _round(reader.get("attn_logit_softcapping")),
-        "final_logit_softcapping": _round(reader.get("final_logit_softcapping")),
     }
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        extra[cap] = _round(reader.get(cap)) if reader.get(cap) is not None else None
     if reader.architecture == "gemma3":
         extra["rope_local_base_freq"] = _round(reader.get("rope.freq_base_swa", 10000.0))
     return extra
@@ -195,6 +195,6 @@ def llama3_factors(scaling: dict[str, Any], theta: float, rotated: int) -> np.nd
     return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
 
 
-def _round(value: float | None) -> float | None:
+def _round(value: float) -> float:
     """A float32 of the file as the short decimal it stands for: 9.999999747378752e-06 -> 1e-05."""
-    return None if value is None else float(str(np.float32(value)))
+    return float(str(np.float32(value)))

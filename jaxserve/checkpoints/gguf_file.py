@@ -70,12 +70,22 @@ class Cursor:
 
     def string(self) -> str:
         """A length-prefixed UTF-8 string (token pieces may hold stray bytes: replaced)."""
-        (length,) = self.unpack("Q")
-        if self.offset + length > len(self.data):
-            raise EOFError
-        text = str(self.data[self.offset : self.offset + length], "utf-8", "replace")
-        self.offset += length
-        return text
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """`count` strings; a loop of its own, since vocabularies hold hundreds of thousands."""
+        data, offset, end, lengths = self.data, self.offset, len(self.data), struct.Struct("<Q")
+        texts = []
+        for _ in range(count):
+            start = offset + lengths.size
+            if start > end:
+                raise EOFError
+            offset = start + lengths.unpack_from(data, offset)[0]
+            if offset > end:
+                raise EOFError
+            texts.append(str(data[start:offset], "utf-8", "replace"))
+        self.offset = offset
+        return texts
 
     def value(self, kind: int) -> Any:
         """One metadata value of any type; arrays become lists."""
@@ -87,6 +97,8 @@ class Cursor:
                 raise EOFError
             if item in SCALARS:
                 return list(self.unpack(SCALARS[GGUFValueType(item)], count))
+            if item == GGUFValueType.STRING:
+                return self.strings(count)
             return [self.value(item) for _ in range(count)]
         return self.unpack(SCALARS[GGUFValueType(kind)])[0]
 

@@ -24,7 +24,7 @@ def is_engine_ready(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """`format`, `family`, `dtype` and `parameters` (name -> shape) of an engine-ready checkpoint.
+    """What the checkpoint holds: `format`, `family`, `dtype`, `parameters` (name -> shape), `files` (name -> bytes).
 
     Raises:
         CheckpointError: no manifest, a damaged one, or one of another format version.
@@ -36,7 +36,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / MANIFEST} has format {manifest.get('format')!r}, not {FORMAT}; convert the model again"
         )
-    fields = {"family": str, "dtype": str, "parameters": dict}
+    fields = {"family": str, "dtype": str, "parameters": dict, "files": dict}
     if bad := [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]:
         raise CheckpointError(f"{path / MANIFEST} lacks {', '.join(bad)}; convert the model again")
     return manifest
@@ -54,6 +54,7 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, family: str, dty
         "family": family,
         "dtype": dtype,
         "parameters": {name: list(array.shape) for name, array in arrays.items()},
+        "files": _file_sizes(path / WEIGHTS),
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -72,6 +73,7 @@ def restore_arrays(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, 
         )
     stored = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
     _check_parameters(path, stored, {name: struct.shape for name, struct in abstract.items()})
+    _check_files(path / WEIGHTS, manifest["files"])
     import orbax.checkpoint as ocp
 
     try:
@@ -79,9 +81,7 @@ def restore_arrays(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, 
             return checkpointer.restore((path / WEIGHTS).absolute(), dict(abstract))
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path / WEIGHTS} is incomplete or damaged ({reason}); convert the model again"
-        ) from error
+        raise CheckpointError(f"{path / WEIGHTS} is damaged ({reason}); convert the model again") from error
 
 
 def _check_parameters(path: Path, stored: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
@@ -97,3 +97,21 @@ def _check_parameters(path: Path, stored: Mapping[str, tuple], wanted: Mapping[s
             break
     if problems:
         raise CheckpointError(f"{path} {' and '.join(problems)}; convert the model again with this version")
+
+
+def _check_files(folder: Path, expected: Mapping[str, int]) -> None:
+    """Find lost and shortened files first: Orbax would report the first tensor it stumbles over."""
+    found = _file_sizes(folder)
+    if lost := expected.keys() - found.keys():
+        raise CheckpointError(f"{folder} is incomplete, it lacks {list_names(lost)}; convert the model again")
+    for name, size in expected.items():
+        if found[name] != size:
+            raise CheckpointError(
+                f"{folder / name} has {found[name]:,} bytes instead of {size:,}; copy it or convert the model again"
+            )
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Relative path -> bytes of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

@@ -74,11 +74,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     common = parser.add_argument_group("output")
     common.add_argument("-v", "--verbose", action="store_true", help="say what the engine does (memory, compilation)")
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    args, unknown = parser.parse_known_intermixed_args(dashes(rest))
+    end = rest.index("--") if "--" in rest else len(rest)
+    args, unknown = parser.parse_known_intermixed_args(dashes(rest[:end]))
+    if "prompts" in args:
+        args.prompts += rest[end + 1 :]  # after "--" everything is a prompt, whatever it begins with
+    else:
+        unknown += rest[end + 1 :]
     if unknown:
         known = [flag for action in parser.listed_actions() for flag in action.option_strings]
         word = unknown[0].partition("=")[0]
-        raise UsageError(f"unknown option {word!r}.{suggest(word, known)} See jaxserve {name} --help.")
+        kind = "option" if word.startswith("-") else "argument"
+        raise UsageError(f"unknown {kind} {word!r}.{suggest(word, known)} See jaxserve {name} --help.")
     args.run = module.run
     return args
 

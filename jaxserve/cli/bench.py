@@ -3,13 +3,16 @@
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.bench.workload import Workload
 from jaxserve.checks import ParameterError
 from jaxserve.cli import flags
+from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import LLMEngine
@@ -55,16 +58,14 @@ def run(args: argparse.Namespace) -> int:
     quiet = {} if sys.stderr.isatty() else {"use_tqdm_on_load": False}
     sizes = {"max_num_seqs": max(args.batch_sizes), "skip_tokenizer_init": True}
     engine_args = flags.engine_args(args, **(sizes | quiet))
+    seed = engine_args.seed
+    workload = Workload(args.input_len, args.output_len, args.random_range_ratio, args.num_prompts, seed)
+    sampling = SamplingParams(temperature=args.temperature, detokenize=False)
+    if args.plot is not None:
+        check_plotting()
     from jaxserve.bench import offline, plot
     from jaxserve.engine.engine import LLMEngine
-    from jaxserve.sampling_params import SamplingParams
 
-    if args.plot is not None:
-        plot.check_plotting()
-    workload = offline.Workload(
-        args.input_len, args.output_len, args.random_range_ratio, args.num_prompts, engine_args.seed
-    )
-    sampling = SamplingParams(temperature=args.temperature, detokenize=False)
     table = sys.stderr if args.output_json == "-" else sys.stdout
     engine = LLMEngine.from_engine_args(engine_args)
     try:
@@ -82,6 +83,16 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.plot(results, f"{about['model']}, {about['dtype']}, {about['device']}", args.plot)
     return 0
+
+
+def check_plotting() -> None:
+    """Say before the run that the picture cannot be drawn.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('--plot needs matplotlib; run: pip install "jaxserve[plot]"')
 
 
 def _sizes(text: str) -> list[int]:

@@ -58,14 +58,13 @@ def _positional(action: argparse.Action) -> str:
 
 
 def dashes(argv: Sequence[str]) -> list[str]:
-    """Arguments with `--max_model_len` written as `--max-model-len`; everything after `--` stays as it is."""
-    end = argv.index("--") if "--" in argv else len(argv)
+    """Arguments with `--max_model_len` written as `--max-model-len`."""
 
     def rewrite(word: str) -> str:
         name, sign, value = word.partition("=")
         return name.replace("_", "-") + sign + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word
 
-    return [*map(rewrite, argv[:end]), *argv[end:]]
+    return [rewrite(word) for word in argv]
 
 
 def reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:

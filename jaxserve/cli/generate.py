@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.checks import ParameterError
 from jaxserve.cli import flags
@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
     engine_args = flags.engine_args(args, seed=given.get("seed") or 0, **quiet)
     items = read_items(args)
     with contextlib.ExitStack() as stack:
-        lines = args.input_file is not None or args.output_file is not None
-        target: IO[str] = sys.stdout
+        target = sys.stdout
         if args.output_file is not None:
             target = stack.enter_context(open(args.output_file, "w", encoding="utf-8"))
         start = time.perf_counter()
@@ -74,9 +73,14 @@ def run(args: argparse.Namespace) -> int:
         ready = time.perf_counter()
         results = generate(llm, items, given)
         done = time.perf_counter()
-        write = write_records if lines else write_text
-        failures = write(target, items, results)
-    print(summary(results, failures, ready - start, done - ready), file=sys.stderr)
+        as_json = args.input_file is not None or args.output_file is not None
+        for line in (record_lines if as_json else text_lines)(items, results):
+            print(line, file=target)
+        target.flush()
+    failures = [item for item in items if item.error is not None]
+    for item in () if as_json else failures:
+        print(f"error: prompt {item.line}: {item.error}", file=sys.stderr)
+    print(summary(results, len(failures), ready - start, done - ready), file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -171,15 +175,13 @@ def render(llm: "LLM", messages: list[Any]) -> TokensPrompt:
     return TokensPrompt(prompt=text, prompt_token_ids=tokenizer.encode(text, add_special_tokens=False))
 
 
-def write_records(target: IO[str], items: list[Item], results: list[RequestOutput | None]) -> int:
-    """One JSON line an item; returns the number of failures."""
+def record_lines(items: list[Item], results: list[RequestOutput | None]) -> Iterator[str]:
+    """One JSON line an item."""
     for item, output in zip(items, results, strict=True):
         record = {"id": item.label, "line": item.line, "error": item.error}
         if item.error is None and output is not None:
             record = record_of(item, output)
-        print(json.dumps(record, ensure_ascii=False), file=target)
-    target.flush()
-    return sum(item.error is not None for item in items)
+        yield json.dumps(record, ensure_ascii=False)
 
 
 def record_of(item: Item, output: RequestOutput) -> dict[str, Any]:
@@ -216,19 +218,18 @@ def logprobs_of(position: PositionLogprobs) -> dict[str, Any]:
     }
 
 
-def write_text(target: IO[str], items: list[Item], results: list[RequestOutput | None]) -> int:
-    """The texts; each under its prompt when there are several. Returns the number of failures."""
+def text_lines(items: list[Item], results: list[RequestOutput | None]) -> Iterator[str]:
+    """The texts; each under its prompt when there are several."""
     for item, output in zip(items, results, strict=True):
         if item.error is not None or output is None:
-            print(f"error: prompt {item.line}: {item.error}", file=sys.stderr)
             continue
+        total = len(output.outputs)
         for completion in output.outputs:
-            number = f" ({completion.index + 1} of {len(output.outputs)})" if len(output.outputs) > 1 else ""
-            if len(items) > 1 or number:
-                print(f"=== {item.prompt}{number}", file=target)
-            print(completion.text.removeprefix(" ") if len(items) > 1 or number else completion.text, file=target)
-    target.flush()
-    return sum(item.error is not None for item in items)
+            if len(items) == total == 1:
+                yield completion.text
+            else:
+                yield f"=== {item.prompt}" + (f" ({completion.index + 1} of {total})" if total > 1 else "")
+                yield completion.text.removeprefix(" ")
 
 
 def summary(results: list[RequestOutput | None], failures: int, ready: float, seconds: float) -> str:

@@ -177,7 +177,7 @@ class EngineArgs:
     warmup: str | None = field(
         default=None,
         metadata=about(
-            "compile programs before the first request: full, lazy (in the background) or none; full, on CPU lazy",
+            "compile programs before the first request: full, lazy (in the background) or none; full, on CPU none",
             "engine",
             "str",
             choices=("none", "lazy", "full"),

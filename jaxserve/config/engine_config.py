@@ -1,7 +1,7 @@
 """`EngineConfig`: the frozen settings an engine runs with, worked out from `EngineArgs`, the model and the platform."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,6 +80,9 @@ class EngineConfig:
         return replace(self, max_model_len=max_model_len, long_prefill_token_threshold=threshold)
 
 
+_NAMES = {item.name for item in fields(EngineConfig)}
+
+
 def resolve(
     args: EngineArgs,
     hf_config: Mapping[str, Any],
@@ -114,38 +117,24 @@ def resolve(
     max_model_len = _context_length(args.max_model_len, model_limit(hf_config))
     seqs, tokens = _batch_sizes(args, max_model_len, _default_sizes(platform, device_memory, device_kind))
     sampling = {} if args.generation_config == "vllm" else generation_config
-    names = args.served_model_name or [args.model or EMBEDDED_MODEL]
-    return EngineConfig(
-        platform=platform,
-        model=args.model,
-        chat_template=args.chat_template,
-        skip_tokenizer_init=args.skip_tokenizer_init,
-        load_format=args.load_format,
-        use_tqdm_on_load=args.use_tqdm_on_load,
-        dtype=dtype,
-        seed=args.seed,
-        vocab_size=model_vocab_size(hf_config),
-        max_model_len=max_model_len,
-        fit_max_model_len=args.max_model_len is None,
-        served_model_names=tuple(names),
-        max_logprobs=args.max_logprobs,
-        logprobs_mode=args.logprobs_mode,
-        block_size=args.block_size or (32 if on_cpu else 64),
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        num_gpu_blocks_override=args.num_gpu_blocks_override,
-        enable_prefix_caching=args.enable_prefix_caching,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=tokens,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        long_prefill_token_threshold=args.long_prefill_token_threshold,
-        scheduling_policy=args.scheduling_policy,
-        warmup=args.warmup or ("lazy" if on_cpu else "full"),
-        compilation_cache_dir=_cache_dir(args.compilation_cache_dir),
-        log_stats=not args.disable_log_stats,
-        eos_token_ids=eos_token_ids(hf_config, generation_config),
-        default_sampling=MappingProxyType(default_sampling_params(sampling, args.override_generation_config)),
-    )
+    worked_out: dict[str, Any] = {
+        "platform": platform,
+        "dtype": dtype,
+        "vocab_size": model_vocab_size(hf_config),
+        "max_model_len": max_model_len,
+        "fit_max_model_len": args.max_model_len is None,
+        "served_model_names": tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
+        "block_size": args.block_size or (32 if on_cpu else 64),
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": tokens,
+        "warmup": args.warmup or ("none" if on_cpu else "full"),
+        "compilation_cache_dir": _cache_dir(args.compilation_cache_dir),
+        "log_stats": not args.disable_log_stats,
+        "eos_token_ids": eos_token_ids(hf_config, generation_config),
+        "default_sampling": MappingProxyType(default_sampling_params(sampling, args.override_generation_config)),
+    }
+    as_given = {item.name: getattr(args, item.name) for item in fields(args) if item.name in _NAMES}
+    return EngineConfig(**(as_given | worked_out))
 
 
 def _context_length(requested: int | str | None, limit: int) -> int:

@@ -107,7 +107,7 @@ def check_option(name: str, value: object, metadata: Mapping[str, Any], default:
     if metadata["choices"]:
         return check_choice(name, value, metadata["choices"])
     if kind in ("count", "length") and isinstance(value, str):
-        value = PARSERS[kind](value)  # type: ignore[misc]
+        value = _parse(name, value, parse_length if kind == "length" else parse_count)
     if kind == "length" and value in ("auto", -1):
         return None
     checked = _CHECKS[kind](name, value)
@@ -117,6 +117,13 @@ def check_option(name: str, value: object, metadata: Mapping[str, Any], default:
     if high is not None:
         require(checked <= high, name, value, f"be at most {high:g}")
     return checked
+
+
+def _parse(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(text)
+    except ParameterError as error:
+        raise ParameterError(f"{name}: {error}", parameter=name, value=text) from error
 
 
 def _check_text(name: str, value: object) -> str:

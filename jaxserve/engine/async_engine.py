@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from jaxserve.config import EngineArgs
 from jaxserve.engine.engine import LLMEngine
@@ -60,7 +60,7 @@ class AsyncLLMEngine:
         self._thread.start()
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+    def from_engine_args(cls, engine_args: EngineArgs) -> "AsyncLLMEngine":
         """Load the model and start the engine's thread. Raises as `LLMEngine.from_engine_args` does."""
         return cls(LLMEngine.from_engine_args(engine_args))
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class LLMEngine:
         self._seeds = np.random.default_rng(config.seed)
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
         """Load the model and compile what `warmup` asks for.
 
         Raises:

@@ -117,7 +117,8 @@ class Runner:
         self._table.update(work.sequences)
         level = self._table.level(work)
         edits = step_edits(work) if level >= Level.SAMPLE else []
-        bucket = self.buckets.choose(work.total_tokens, len(work.sequences), level, len(edits))
+        exact = self.buckets.choose(work.total_tokens, len(work.sequences), level, len(edits))
+        bucket = self.programs.choose(exact)
         limits = self._limits
         buffer = pack(work, bucket, limits, self._table, edits)
         self._state, packed = self.programs.run(self._state, buffer, bucket)

@@ -1,16 +1,18 @@
 """From arguments to a ready engine: files, configuration, tokenizer, weights and programs."""
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxserve.config import EngineArgs, EngineConfig, load_generation_config, merge_overrides, resolve
 from jaxserve.engine.runner import Runner
 from jaxserve.text import Tokenizer, load_tokenizer
-from jaxserve.weights import find_model, load_model, read_hf_config
+from jaxserve.weights import find_model, load_model, read_generation_config, read_hf_config
 from sharding.mesh import make_mesh
 
 
@@ -36,7 +38,7 @@ def build_parts(args: EngineArgs) -> Parts:
     config = resolve(
         args,
         hf_config,
-        load_generation_config(args.generation_config, path),
+        _generation_config(args, path),
         jax.default_backend(),
         device_memory=_total_memory(device, args.gpu_memory_utilization),
         device_kind=device.device_kind,
@@ -56,6 +58,14 @@ def build_parts(args: EngineArgs) -> Parts:
         )
         runner = Runner(loaded, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
         return Parts(runner.config, tokenizer.result(), runner)
+
+
+def _generation_config(args: EngineArgs, path: Path) -> Mapping[str, Any]:
+    """The model's own, or with a folder given that one's values over it; end-of-sequence ids count in either case."""
+    own = read_generation_config(path)
+    if args.generation_config in ("auto", "vllm"):
+        return own
+    return own | dict(load_generation_config(args.generation_config, path))
 
 
 def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:

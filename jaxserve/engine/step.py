@@ -26,6 +26,8 @@ MIN_MIXED_TOKENS = 16
 FEW_SEQUENCES = 16
 MIN_EDITS = 1024
 
+WASTE = 4  # a program this many times too large runs rather than compiling the right one between two steps
+
 Merge = Callable[[tuple[Array, ...]], CausalLM]
 
 
@@ -263,6 +265,16 @@ class Programs:
                     del self._programs[bucket]
                 future.set_exception(error)
         return future.result()
+
+    def choose(self, bucket: Bucket) -> Bucket:
+        """The bucket itself, or a compiled one up to `WASTE` times as large that spares compiling it now."""
+        with self._lock:
+            exact = self._programs.get(bucket)
+            if exact is not None and exact.done():
+                return bucket
+            ready = [known for known, program in self._programs.items() if program.done() and known.covers(bucket)]
+        best = min(ready, default=bucket, key=lambda known: (known.tokens, known.seqs, known.level, known.edits))
+        return best if best.tokens <= WASTE * bucket.tokens and best.seqs <= WASTE * bucket.seqs else bucket
 
     def warm_up(self, buckets: Iterable[Bucket], *, wait: bool) -> None:
         """Compile the buckets; without `wait` in the background, and then only later compilations count as late."""

@@ -19,4 +19,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Products with every row of the table, in float32."""
-        return contract(hidden, self.table[...], "out_in", jnp.dtype(jnp.float32))
+        return contract(hidden, self.table[...], jnp.dtype(jnp.float32))

@@ -22,18 +22,18 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 
 
 class GatedMLP(nnx.Module):
-    """`down(activation(gate(x)) * up(x))`, gate and up in one projection (Shazeer, 2020, GLU variants)."""
+    """`down(activation(gate(x)) * up(x))`, gate and up in one projection `[F, 2]` (Shazeer, 2020, GLU variants)."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         width, inner = (("D", hidden_size),), ("F", intermediate_size)
-        self.gate_up = Linear(width, ((None, 2), inner), bias=bias, dtype=dtype, rngs=rngs)
+        self.gate_up = Linear(width, (inner, (None, 2)), bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear((inner,), width, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         with jax.named_scope("mlp"):
             gate_up = self.gate_up(x).astype(jnp.float32)
-            inner = ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
+            inner = ACTIVATIONS[self.activation](gate_up[:, :, 0]) * gate_up[:, :, 1]
             return self.down(inner.astype(x.dtype))

@@ -79,7 +79,7 @@ class ModelConfig:
 HARMLESS = frozenset((
     "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
     "_commit_hash", "name_or_path",
-    "_attn_implementation", "attn_implementation", "use_cache", "cache_implementation", "initializer_range",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "use_cache", "cache_implementation", "initializer_range",
     "attention_dropout",
     "hidden_dropout", "resid_pdrop", "embd_pdrop", "output_attentions", "output_hidden_states", "return_dict",
     "gradient_checkpointing",

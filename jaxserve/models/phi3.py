@@ -10,7 +10,7 @@ from jaxserve.layers.rope import Rope
 from jaxserve.models.config import FULL, SLIDING, Attributes, ModelConfig, decoder_fields
 from jaxserve.models.family import Family
 from jaxserve.models.rope_scaling import build_rope
-from jaxserve.models.table import Rule, down_rule, fused_qkv, norm_rules, outer_rules, output_rule, reshaped
+from jaxserve.models.table import Rule, down_rule, fused_gate_up, fused_qkv, norm_rules, outer_rules, output_rule
 
 
 def read_config(hf_config: Mapping[str, Any], max_model_len: int | None) -> ModelConfig:
@@ -59,16 +59,21 @@ def split_qkv(config: ModelConfig, sources: list[np.ndarray]) -> np.ndarray:
     return fused_qkv(config, np.split(source, heads))
 
 
+def split_gate_up(sources: list[np.ndarray]) -> np.ndarray:
+    """All of gate, then all of up `[2 F, D]`, interleaved."""
+    (source,) = sources
+    return fused_gate_up(np.split(source, 2))
+
+
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Fused projections in the checkpoint, two norms per block."""
     layer = "model.layers.{i}."
-    gate_up = (2, config.intermediate_size, config.hidden_size)
     return (
         *outer_rules(config),
         Rule("layers.{i}.attention.qkv.kernel", (layer + "self_attn.qkv_proj.weight",), partial(split_qkv, config)),
         output_rule(config),
-        Rule("layers.{i}.mlp.gate_up.kernel", (layer + "mlp.gate_up_proj.weight",), partial(reshaped, gate_up, 2)),
-        down_rule(config),
+        Rule("layers.{i}.mlp.gate_up.kernel", (layer + "mlp.gate_up_proj.weight",), split_gate_up),
+        down_rule(),
         *norm_rules({"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}),
     )
 

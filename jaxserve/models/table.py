@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 
-from jaxserve.layers.linear import to_layout
 from jaxserve.models.config import ModelConfig
 
 
@@ -46,24 +45,22 @@ def as_is(sources: list[np.ndarray]) -> np.ndarray:
     return source
 
 
-def reshaped(shape: tuple[int, ...], num_outputs: int, sources: list[np.ndarray]) -> np.ndarray:
-    """A linear weight `[out, in]` with its axes split into `shape`, in the layout of `Linear`."""
+def reshaped(shape: tuple[int, ...], sources: list[np.ndarray]) -> np.ndarray:
+    """A linear weight `[out, in]` with its axes split into `shape`."""
     (source,) = sources
-    return to_layout(source.reshape(shape), num_outputs)
+    return source.reshape(shape)
 
 
 def fused_qkv(config: ModelConfig, sources: list[np.ndarray]) -> np.ndarray:
     """q, k and v, weights `[heads * H, D]` or biases `[heads * H]`, side by side per KV head: `[K, G + 2, H, ...]`."""
     rest = sources[0].shape[1:]
     parts = [source.reshape(config.num_kv_heads, -1, config.head_dim, *rest) for source in sources]
-    fused = np.concatenate(parts, axis=1)
-    return to_layout(fused, 3) if rest else fused
+    return np.concatenate(parts, axis=1)
 
 
 def fused_gate_up(sources: list[np.ndarray]) -> np.ndarray:
-    """gate and up, weights `[F, D]` or biases `[F]`, as one array `[2, F, ...]`."""
-    fused = np.stack(sources)
-    return to_layout(fused, 2) if fused.ndim == 3 else fused
+    """gate and up, weights `[F, D]` or biases `[F]`, as one array `[F, 2, ...]`."""
+    return np.stack(sources, axis=1)
 
 
 def attention_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -85,7 +82,7 @@ def output_rule(config: ModelConfig) -> Rule:
     """The weight of the attention's output projection."""
     shape = (config.hidden_size, config.num_heads, config.head_dim)
     return Rule(
-        "layers.{i}.attention.out.kernel", ("model.layers.{i}.self_attn.o_proj.weight",), partial(reshaped, shape, 1)
+        "layers.{i}.attention.out.kernel", ("model.layers.{i}.self_attn.o_proj.weight",), partial(reshaped, shape)
     )
 
 
@@ -94,7 +91,7 @@ def mlp_rules(config: ModelConfig) -> tuple[Rule, ...]:
     source, target = "model.layers.{i}.mlp.", "layers.{i}.mlp."
     rules = [
         Rule(target + "gate_up.kernel", (source + "gate_proj.weight", source + "up_proj.weight"), fused_gate_up),
-        down_rule(config),
+        down_rule(),
     ]
     if config.mlp_bias:
         rules += [
@@ -104,10 +101,9 @@ def mlp_rules(config: ModelConfig) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def down_rule(config: ModelConfig) -> Rule:
+def down_rule() -> Rule:
     """The weight of the MLP's down projection."""
-    shape = (config.hidden_size, config.intermediate_size)
-    return Rule("layers.{i}.mlp.down.kernel", ("model.layers.{i}.mlp.down_proj.weight",), partial(reshaped, shape, 1))
+    return Rule("layers.{i}.mlp.down.kernel", ("model.layers.{i}.mlp.down_proj.weight",), as_is)
 
 
 def norm_rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -125,6 +121,5 @@ def outer_rules(config: ModelConfig) -> tuple[Rule, ...]:
         Rule("norm.scale", ("model.norm.weight",), as_is),
     ]
     if not config.tie_word_embeddings:
-        shape = (config.vocab_size, config.hidden_size)
-        rules.append(Rule("lm_head.kernel", ("lm_head.weight",), partial(reshaped, shape, 1)))
+        rules.append(Rule("lm_head.kernel", ("lm_head.weight",), as_is))
     return tuple(rules)

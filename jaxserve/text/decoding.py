@@ -8,6 +8,7 @@ twice and taking the difference.
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,8 @@ class PieceStream:
                 break
             self.feed(int(token_id))
         self._pending = b""
-        for token_id in _unfinished(pieces, hidden, prompt_ids):
-            self._drain(pieces[token_id])
+        for piece in _unfinished(pieces, hidden, prompt_ids):
+            self._drain(piece)
 
     def feed(self, token_id: int) -> str:
         """The text that became certain with this token."""
@@ -137,13 +138,13 @@ class PieceStream:
         return "".join(out)
 
 
-def _unfinished(pieces: Pieces, hidden: frozenset[int], prompt_ids: Sequence[int] | np.ndarray) -> list[int]:
-    """The ids at the end of the prompt whose bytes may begin a character that the next token finishes."""
-    found: list[int] = []
+def _unfinished(pieces: Pieces, hidden: frozenset[int], prompt_ids: Sequence[int] | np.ndarray) -> list[bytes]:
+    """The bytes at the end of the prompt that may begin a character which the next token finishes."""
+    found: list[bytes] = []
     for token_id in map(int, reversed(prompt_ids)):
         piece = "" if token_id in hidden else pieces[token_id]
         if isinstance(piece, bytes):
-            found.append(token_id)
+            found.append(piece)
         elif piece:
             break
         if len(found) == CONTEXT:
@@ -152,41 +153,49 @@ def _unfinished(pieces: Pieces, hidden: frozenset[int], prompt_ids: Sequence[int
 
 
 class WindowStream:
-    """Text by any decoder: that of a short window with the new tokens minus that without them."""
+    """Text by any decoder: that of a short window with the new tokens minus that without them.
+
+    `added_tokens` are those between which `spaces_between_special_tokens=False` removes the decoder's spaces.
+    """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
+        hidden: frozenset[int],
         prompt_ids: Sequence[int] | np.ndarray,
         *,
-        skip_special_tokens: bool,
         added_tokens: dict[int, str],
         spaces_between_special_tokens: bool,
     ):
-        self._backend, self._skip = backend, skip_special_tokens
+        self._backend, self._hidden = backend, hidden
         self._added, self._spaces = added_tokens, spaces_between_special_tokens
-        self._window = [int(token_id) for token_id in prompt_ids[-CONTEXT:]]
+        visible = (token_id for token_id in map(int, reversed(prompt_ids)) if token_id not in hidden)
+        self._window = [*islice(visible, CONTEXT)][::-1]
         self._shown = len(self._window)  # tokens of the window whose text is out
-        self._prefix = self._decode(self._window)
+        self._prefix = self._decode()
 
     def feed(self, token_id: int) -> str:
         """The text that became certain with this token."""
-        follows = bool(self._window) and self._window[-1] in self._added and self._shown == len(self._window)
+        if token_id in self._hidden:
+            return ""
+        adjacent = self._shown == len(self._window) > 0 and self._window[-1] in self._added
         self._window.append(token_id)
-        text = self._decode(self._window)
-        if text.endswith(REPLACEMENT) and len(self._window) - self._shown < CONTEXT:
+        text = self._decode()
+        waiting = len(self._window) - self._shown
+        if text.endswith(REPLACEMENT) and waiting < CONTEXT:
             return ""
         new = text[len(self._prefix) :]
-        if new and follows and not self._spaces and token_id in self._added:
+        if adjacent and not self._spaces and token_id in self._added:
             new = self._added[token_id]
-        self._window = self._window[self._shown :] if new else self._window
+        if new:
+            del self._window[: self._shown]
         self._shown = len(self._window)
-        self._prefix = self._decode(self._window)
+        self._prefix = self._decode()
         return new
 
     def tail(self) -> str:
         """What remains when no token follows."""
-        return self._decode(self._window)[len(self._prefix) :]
+        return self._decode()[len(self._prefix) :]
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=self._skip)
+    def _decode(self) -> str:
+        return self._backend.decode(self._window, skip_special_tokens=False)

@@ -78,21 +78,22 @@ class Detokenizer:
             if start >= 0:
                 found.append((start, order, stop))
         if found:
-            start, _, self.stop_reason = min(found)
-            self._text = text[: start + len(self.stop_reason) if self._include else start]
+            start, _, stop = min(found)
+            self.stop_reason = stop
+            self._text = text[: start + len(stop) if self._include else start]
 
 
 def _make_stream(
     tokenizer: Tokenizer, prompt_ids: Sequence[int] | np.ndarray, params: SamplingParams
 ) -> PieceStream | WindowStream:
+    hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
     pieces = tokenizer.pieces
     if pieces is not None:  # such decoders put no spaces between special tokens
-        hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
         return PieceStream(pieces, hidden, prompt_ids)
     return WindowStream(
         tokenizer.backend,
+        hidden,
         prompt_ids,
-        skip_special_tokens=params.skip_special_tokens,
         added_tokens=tokenizer.added_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,
     )

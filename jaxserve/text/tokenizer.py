@@ -53,7 +53,7 @@ class Tokenizer:
         """
         return self.encode_batch([text], add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[Any], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, computed in parallel; raises as `encode`, naming the index."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -76,18 +76,18 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any,
         *,
         chat_template: str | Path | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Any = None,
         **variables: Any,
     ) -> str:
         """The prompt text of a conversation; encode it with `add_special_tokens=False`.
 
-        `chat_template` is a path, Jinja text, or the name of one of the tokenizer's templates; see
-        `jaxserve.chat.render_chat` for the rest and the errors.
+        `messages` is a list of mappings with role and content; `chat_template` is a path, Jinja text, or the name of
+        one of the tokenizer's templates. See `jaxserve.chat.render_chat` for the rest and the errors.
         """
         template = self._compile(self._choose_template(chat_template, tools))
         return render_chat(
@@ -185,14 +185,14 @@ def _load_gguf(path: Path, template: str | None) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     facts = load_gguf_tokenizer(path)
-    template = template or facts.chat_template
+    templates = template or facts.chat_template
     return Tokenizer(
         facts.backend,
-        partial(_wrap_hf, facts.backend, facts.special_tokens, template),
+        partial(_wrap_hf, facts.backend, facts.special_tokens, templates),
         bos_id=facts.bos_id,
         eos_ids=facts.eos_ids,
         special_tokens=facts.special_tokens,
-        chat_template=template,
+        chat_template=templates,
     )
 
 

@@ -13,7 +13,7 @@ def brute_force(tokens: list[int], smallest: int, largest: int, count: int) -> b
     return any(tail == tail[: len(tail) // count] * count for tail in tails)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 1), max_size=24), st.integers(0, 6), st.integers(0, 6), st.integers(2, 4))
 def test_equals_brute_force(tokens, smallest, more, count):
     params = RepetitionDetectionParams(smallest + more, smallest, count)

@@ -300,7 +300,7 @@ GARBAGE = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(DEFAULTS)), GARBAGE, min_size=1, max_size=3))
 def test_garbage_raises_value_or_type_error_only(values):
     try:

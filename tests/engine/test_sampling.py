@@ -135,7 +135,9 @@ def test_processed_logits_give_the_described_distribution(pending: bool) -> None
         batch = unpack(jnp.asarray(pack(work, bucket, LIMITS, table, step_edits(work))), bucket, LIMITS)
         last = np.zeros(SLOTS, np.int32)
         last[: len(sequences)] = OUTPUT[-1]
-        token, processed = sample(jnp.asarray(logits), batch.sampling, batch.edits, last, tokens, batch.chunks)
+        token, processed = sample(
+            jnp.asarray(logits), batch.sampling, batch.edits, jnp.asarray(last), jnp.asarray(tokens), batch.chunks
+        )
         for row, sequence in enumerate(sequences):
             if sequence.params.greedy:
                 assert int(token[row]) == int(np.argmax(expected[row]))

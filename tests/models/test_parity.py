@@ -175,7 +175,7 @@ def test_config_means_the_same_in_both_spellings(case: tuple[Golden, ModelConfig
     assert family.config(golden.saved_config, longest) == config
 
 
-@pytest.mark.parametrize("name", ["llama_linear_biased", "qwen3", "gemma2", "gemma3", "phi3_longrope_long"])
+@pytest.mark.parametrize("name", ["llama_linear_biased", "gemma3", "phi3_longrope_long"])
 def test_bfloat16_stays_close(name: str) -> None:
     golden = read_golden(name)
     config, model = load(golden, CASES[name], jnp.dtype(jnp.bfloat16))

@@ -62,7 +62,9 @@ def test_unknown_axis_is_refused():
 
 def test_sizes_must_divide(mesh):
     assert named_sharding(mesh, ("F", "D"), (8, 3)).shard_shape((8, 3)) == (2, 3)
-    with pytest.raises(ValueError, match="axis F of size 6 cannot be split over the 4 devices of the mesh axis 'model'"):
+    with pytest.raises(
+        ValueError, match="axis F of size 6 cannot be split over the 4 devices of the mesh axis 'model'"
+    ):
         named_sharding(mesh, ("F", "D"), (6, 3))
     with pytest.raises(ValueError, match="do not fit the shape"):
         named_sharding(mesh, ("F",), (8, 3))

@@ -12,18 +12,20 @@ CONVERSATIONS = [
     [{"role": "system", "content": "Be <brief> & 'nice'."}, USER],
     [USER, {"role": "assistant", "content": "Fine.\n"}, {"role": "user", "content": "  And\n\nnow? 你好"}],
 ]
+EACH = "{% for m in messages %}"
 LOOP = "{% for m in messages %}\n    {{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}\n"
 TEMPLATES = {
     "blocks": LOOP + "{% if add_generation_prompt %}\nassistant:\n{%- endif %}",
     "tokens": "{{ bos_token }}" + LOOP + "{{ eos_token }}",
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ tools | tojson }}",
     "tools": "{% if tools %}{% for t in tools %}{{ t.function.name }},{% endfor %}{% endif %}" + LOOP,
-    "controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|{% endfor %}",
-    "generation": "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %};{% endfor %}",
+    "controls": EACH + "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|{% endfor %}",
+    "generation": EACH + "{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %};{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "macro": "{% macro show(m) %}[{{ m.role }}]{{ m.content }}{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
+    "macro": "{% macro show(m) %}[{{ m.role }}]{{ m.content }}{% endmacro %}" + EACH + "{{ show(m) }}{% endfor %}",
     "variable": "{{ enable_thinking | default('unset') }}{{ messages | length }}{{ documents }}",
-    "methods": "{{ messages[-1]['content'].strip().split(' ')[0] }}{{ '%s!' % messages[0].role }}{{ 'ab' * 3 }}{{ 2 ** 5 }}",
+    "methods": "{{ messages[-1]['content'].strip().split(' ')[0] }}{{ '%s!' % messages[0].role }}",
+    "operators": "{{ 'ab' * 3 }}{{ 2 ** 5 }}{{ [1] * 2 }}{{ 7 // 2 }}",
 }
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "é", "parameters": {"type": "object"}}}]
 

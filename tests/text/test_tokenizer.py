@@ -1,5 +1,6 @@
 """Tokenizers from folders and GGUF files against goldens, a brute-force SentencePiece and transformers."""
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.text import Tokenizer, load_tokenizer
+from jaxserve.text.decoding import byte_level_alphabet
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ALL = ["smollm", "spm", "byte_level", "words", "metaspace"]
@@ -33,12 +35,18 @@ def test_smollm2_facts(smollm):
     assert smollm.max_chars_per_token == max(len(smollm.backend.id_to_token(i)) for i in range(49152))
 
 
-@settings(deadline=None, max_examples=200)
-@given(UNICODE)
-def test_byte_level_round_trip(smollm, text):
-    ids = smollm.encode(text)
-    assert smollm.decode(ids) == text
-    assert len(text) <= len(ids) * smollm.max_chars_per_token
+@pytest.mark.parametrize("name", ["smollm", "byte_level"])
+@settings(deadline=None, max_examples=100)
+@given(text=UNICODE)
+def test_byte_level_round_trip(name, request, text):
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    known = {byte for byte, char in enumerate(byte_level_alphabet()) if tokenizer.backend.token_to_id(char) is not None}
+    # SmolLM2 was trained without 21 of the bytes and drops them.
+    assert len(known) == (256 if name == "byte_level" else 235)
+    text = "".join(char for char in text if known.issuperset(char.encode()))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(text) <= len(ids) * tokenizer.max_chars_per_token
 
 
 def test_hf_view_agrees_and_is_apart(smollm):
@@ -132,7 +140,7 @@ def brute_force_spm(values: dict, text: str) -> list[int]:
     ids = {token: i for i, token in enumerate(values["tokens"]) if values["token_type"][i] == 1}
     parts = list(("▁" + text).replace(" ", "▁"))
     while True:
-        pairs = [(values["scores"][ids[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+        pairs = [(values["scores"][ids[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts))
                  if a + b in ids]  # fmt: skip
         if not pairs:
             break
@@ -144,7 +152,7 @@ def brute_force_spm(values: dict, text: str) -> list[int]:
     return result
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.text(st.sampled_from(list("the lowr,sté你\n")), min_size=1, max_size=25))
 def test_sentencepiece_equals_brute_force(make, spm, text):
     ids = spm.encode(text)
@@ -201,6 +209,11 @@ def test_pre_tokenizers(make, tmp_path, pre, text, expected):
     values = {"model": "gpt2", "pre": pre, "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     tokenizer = load_tokenizer(make.write_gguf(tmp_path / "p.gguf", values))
     assert [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)] == expected
+
+
+def test_qwen2_composes_accents(make, tmp_path):
+    values = {"model": "gpt2", "pre": "qwen2", "tokens": ["Ã", "©", "e"], "token_type": [1, 1, 1], "merges": []}
+    assert load_tokenizer(make.write_gguf(tmp_path / "q.gguf", values)).encode("e\u0301e") == [0, 1, 2]
 
 
 def test_llama3_takes_whole_words_and_adds_bos(make, tmp_path):

@@ -63,7 +63,9 @@ def test_hub_download_takes_no_code_and_no_pickle(download, tmp_path):
     ((name, options),) = download.calls
     patterns = options.pop("allow_patterns")
     assert (name, options) == ("org/name", {"revision": "v1", "token": "t", "cache_dir": tmp_path})
-    assert not any(Path(bad).match(pattern) for pattern in patterns for bad in ("modeling.py", "w.bin", "w.pt", "w.gguf"))
+    assert not any(
+        Path(bad).match(pattern) for pattern in patterns for bad in ("modeling.py", "w.bin", "w.pt", "w.gguf")
+    )
     for good in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"):
         assert any(Path(good).match(pattern) for pattern in patterns)
 
@@ -92,7 +94,7 @@ def test_hub_errors_say_what_was_tried_and_what_to_do(download):
 def test_hub_id_really_offline(monkeypatch, tmp_path):
     """The real client, told that there is no network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'org/name'.*could not be fetched.*local folder"):
+    with pytest.raises(CheckpointError, match=r"'org/name'.*could not be fetched.*local folder"):
         find_model("org/name", download_dir=tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     assert config["rope_scaling"] == {"rope_type": "llama3"} | LLAMA3
     factors[8] *= 1.1
     path = write(tmp_path / "n.gguf", "llama", {}, {"rope_freqs.weight": factors})
-    with pytest.raises(CheckpointError, match="is not Llama 3's scaling with factor 8.0"):
+    with pytest.raises(CheckpointError, match=r"is not Llama 3's scaling with factor 8.0"):
         read_hf_config(path)
 
 
@@ -97,7 +97,10 @@ def test_llama3_factors_agree_with_transformers_free_reference():
 
 
 def test_long_rope_factors(tmp_path):
-    tensors = {"rope_factors_long.weight": np.full(16, 2.5, np.float32), "rope_factors_short.weight": np.ones(16, np.float32)}
+    tensors = {
+        "rope_factors_long.weight": np.full(16, 2.5, np.float32),
+        "rope_factors_short.weight": np.ones(16, np.float32),
+    }
     path = write(tmp_path / "m.gguf", "phi3", {"rope.scaling.original_context_length": 4096}, tensors)
     config = read_hf_config(path)
     assert config["rope_scaling"] == {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.5] * 16}
@@ -106,7 +109,7 @@ def test_long_rope_factors(tmp_path):
 
 def test_missing_and_unsupported_metadata(tmp_path):
     path = write(tmp_path / "m.gguf", "llama", {"context_length": "long"})
-    with pytest.raises(CheckpointError, match="llama.context_length is 'long', but a number is needed"):
+    with pytest.raises(CheckpointError, match=r"llama.context_length is 'long', but a number is needed"):
         read_hf_config(path)
     path = write(tmp_path / "n.gguf", "llama", {"rope.scaling.type": "ntk"})
     with pytest.raises(CheckpointError, match="rope scaling 'ntk' is not supported"):
@@ -131,7 +134,10 @@ def test_gemma_norms_are_stored_as_what_is_added_to_one(tmp_path):
 
 
 def test_phi3_names(tmp_path):
-    stored = {"blk.1.attn_qkv.weight": np.ones((4, 64), np.float32), "blk.1.ffn_up.weight": np.ones((6, 64), np.float32)}
+    stored = {
+        "blk.1.attn_qkv.weight": np.ones((4, 64), np.float32),
+        "blk.1.ffn_up.weight": np.ones((6, 64), np.float32),
+    }
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", "phi3", {}, stored))
     assert checkpoint.shape("model.layers.1.self_attn.qkv_proj.weight") == (4, 64)
     assert checkpoint.shape("model.layers.1.mlp.gate_up_proj.weight") == (6, 64)

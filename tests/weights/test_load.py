@@ -131,7 +131,10 @@ def test_dummy_weights(folder):
         if name.endswith(".scale"):
             assert (values == 1).all()
         else:
-            assert values.std() == pytest.approx(64**-0.5, rel=0.1)
+            assert values.std() == pytest.approx(64**-0.5, rel=0.05)
+            assert abs(values.mean()) < 0.01
+            flat = values.reshape(-1) / values.std()
+            assert max(abs((flat[lag:] * flat[:-lag]).mean()) for lag in (1, 2, 64)) < 0.1
             assert (values != np.asarray(another, np.float32)).mean() > 0.9
     assert len({np.asarray(leaf, np.float32).tobytes() for n, leaf in zip(loaded.names, loaded.leaves, strict=True)
                 if n.endswith("kernel")}) == sum(n.endswith("kernel") for n in loaded.names)  # fmt: skip

@@ -166,7 +166,9 @@ def test_unsupported_tensor_types(tmp_path, folder, tensors):
         open_checkpoint(file).read(name)
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/outside.safetensors", "a/../../x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/outside.safetensors", "a/../../x.safetensors", "x.bin"]
+)
 def test_index_stays_in_its_folder(tmp_path, tensors, file):
     folder = write_folder(tmp_path / "m", tensors, shards=2)
     save_file({"model.norm.weight": np.ones(3, np.float32)}, tmp_path / "outside.safetensors")
@@ -187,7 +189,7 @@ def test_index_that_disagrees_with_its_files(tmp_path, tensors):
         open_checkpoint(folder)
     index.write_text(json.dumps(listed))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002.safetensors"):
         open_checkpoint(folder)
     index.write_text("{not json")
     with pytest.raises(CheckpointError, match="not readable JSON"):
@@ -210,7 +212,7 @@ def test_pickles_are_refused(folder):
 
 
 def test_empty_folder_and_wrong_format(tmp_path, folder, gguf_file):
-    with pytest.raises(CheckpointError, match="no .safetensors files"):
+    with pytest.raises(CheckpointError, match=r"no .safetensors files"):
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="is a gguf model, but load_format='safetensors'"):
         open_checkpoint(gguf_file, "safetensors")
@@ -226,5 +228,5 @@ def test_configs_of_a_folder(tmp_path, folder):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"config.json must hold a JSON object, not list"):
         read_hf_config(folder)
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config.json"):
         read_hf_config(tmp_path)

@@ -45,7 +45,11 @@ GGUF_NAMES = {
 def make_tensors() -> dict[str, np.ndarray]:
     """Random weights of a two-layer Llama by Hugging Face names, float32."""
     rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,), "lm_head.weight": (VOCAB, WIDTH)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCAB, WIDTH),
+        "model.norm.weight": (WIDTH,),
+        "lm_head.weight": (VOCAB, WIDTH),
+    }
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in BLOCK.items()}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
@@ -72,7 +76,9 @@ def write_folder(path: Path, tensors: dict[str, np.ndarray], shards: int = 1, co
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's converter does to a head's rows, one row at a time: 0, H/2, 1, H/2 + 1, ..."""
     width = len(rows) // heads
-    order = [h * width + pair + half * width // 2 for h in range(heads) for pair in range(width // 2) for half in (0, 1)]
+    order = [
+        h * width + pair + half * width // 2 for h in range(heads) for pair in range(width // 2) for half in (0, 1)
+    ]
     return rows[order]
 
 
@@ -101,9 +107,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], types: dict[str, str]
     writer.add_eot_token_id(3)
     writer.add_bos_token_id(1)
     types = types or {}
-    for name, value in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
-            value = interleave(value, HEADS if "q_proj" in name else KV_HEADS)
+    heads = {"q_proj": HEADS, "k_proj": KV_HEADS}
+    for name, given in tensors.items():
+        projection = name.split(".")[-2]
+        value = interleave(given, heads[projection]) if projection in heads else given
         kind = gguf.GGMLQuantizationType[types.get(name, types.get("*", "F32") if value.ndim > 1 else "F32")]
         data = gguf.quants.quantize(np.ascontiguousarray(value), kind)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
