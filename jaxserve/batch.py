@@ -7,7 +7,7 @@ A step's host data travels as one int32 buffer (float fields by their bits): `pa
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import jax
@@ -30,12 +30,13 @@ class Level(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The static shape of a step: `T` tokens of `S` sequences, `E` sampling edits."""
+    """The static shape of a step: `T` tokens of `S` sequences, `E` sampling edits; or `steps` decodes in a row."""
 
     tokens: int
     seqs: int
     level: Level = Level.GREEDY
     edits: int = 0
+    steps: int = 1
 
     @property
     def decode_only(self) -> bool:
@@ -44,14 +45,16 @@ class Bucket:
 
     def covers(self, other: "Bucket") -> bool:
         """Whether a step that fits `other` can run in this bucket."""
-        sizes = zip(self._sizes(), other._sizes(), strict=True)
-        return all(mine >= theirs for mine, theirs in sizes) and (other.decode_only or not self.decode_only)
+        sizes = zip(self.cost(), other.cost(), strict=True)
+        fits = all(mine >= theirs for mine, theirs in sizes) and self.steps == other.steps
+        return fits and (other.decode_only or not self.decode_only)
 
-    def _sizes(self) -> tuple[int, int, int, int]:
+    def cost(self) -> tuple[int, int, int, int]:
+        """The sizes, most expensive first."""
         return self.tokens, self.seqs, self.level, self.edits
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.seqs} sequences, {self.level.name.lower()}, {self.edits} edits"
+        return f"{self.tokens} tokens x {self.seqs} sequences, {self.level.name.lower()}, {self.edits} edits, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class Batch:
     """A step's inputs. `token_ids` is -1 where the token is the one the step before sampled (`State.last_token`).
 
     `sampling` and `edits` are None at level GREEDY. `targets[t]` is the prompt token after token `t`, whose
-    log-probability is wanted, or -1; None below level PROMPT_LOGPROBS.
+    log-probability is wanted, or -1; None below level PROMPT_LOGPROBS. `capacity` is the number of tokens a row has
+    pages for: where several decodes run in a row, one may end before the others, and must not write any further.
     """
 
     token_ids: Int[Array, "T"]
@@ -131,6 +135,7 @@ class Batch:
     sampling: SamplingRows | None
     edits: Edits | None
     targets: Int[Array, "T"] | None
+    capacity: Int[Array, "S"] | None
 
 
 FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -149,6 +154,8 @@ def layout(bucket: Bucket, limits: Limits) -> dict[str, tuple[slice, tuple[int, 
         "kv_lens": (s,),
         "page_table": (s, limits.pages_per_seq),
     }
+    if bucket.steps > 1:
+        fields |= {"capacity": (s,)}
     if bucket.level >= Level.SAMPLE:
         fields |= {"sampling": (len(COLUMNS), s), "edit_rows": (e,), "edit_prev": (e,), "edit_tokens": (e,)}
         fields |= {"edit_values": (e,)}
@@ -247,6 +254,8 @@ def pack(work: Work, bucket: Bucket, limits: Limits, table: SlotTable, edits: Ed
     view["kv_lens"][:rows] = work.starts + work.num_tokens
     view["row_ids"][:total] = np.repeat(np.arange(rows, dtype=np.int32), work.num_tokens)
     np.take(work.page_table, work.slots, axis=0, out=view["page_table"][:rows])
+    if bucket.steps > 1:
+        view["capacity"][:rows] = [len(sequence.pages) * limits.page_size for sequence in work.sequences]
     _fill_tokens(work, view["token_ids"], view["cu_q_lens"], view.get("targets"))
     if bucket.level >= Level.SAMPLE:
         view["sampling"][:, :rows] = table.rows(work.slots)
@@ -293,18 +302,7 @@ def unpack(buffer: Int[Array, "words"], bucket: Bucket, limits: Limits) -> Batch
         return buffer[place].reshape(shape)
 
     row_ids, page_table, kv_lens, cu_q_lens = get("row_ids"), get("page_table"), get("kv_lens"), get("cu_q_lens")
-    token = jnp.arange(bucket.tokens, dtype=jnp.int32)
-    valid = token < cu_q_lens[-1]
-    positions = jnp.where(valid, kv_lens[row_ids] - cu_q_lens[row_ids + 1] + token, 0)
-    pages = jnp.where(valid, page_table[row_ids, positions // limits.page_size], limits.num_pages)
-    chunks = Chunks(
-        positions=positions,
-        pages=pages,
-        offsets=positions % limits.page_size,
-        page_table=page_table,
-        cu_q_lens=cu_q_lens,
-        kv_lens=kv_lens,
-    )
+    chunks = _place(row_ids, page_table, kv_lens, cu_q_lens, limits, None)
     return Batch(
         token_ids=get("token_ids"),
         row_ids=row_ids,
@@ -313,7 +311,40 @@ def unpack(buffer: Int[Array, "words"], bucket: Bucket, limits: Limits) -> Batch
         sampling=_unpack_sampling(get("sampling")) if bucket.level >= Level.SAMPLE else None,
         edits=_unpack_edits(get) if bucket.level >= Level.SAMPLE else None,
         targets=get("targets") if bucket.level >= Level.PROMPT_LOGPROBS else None,
+        capacity=get("capacity") if bucket.steps > 1 else None,
     )
+
+
+def _place(
+    row_ids: Int[Array, "T"],
+    page_table: Int[Array, "S P"],
+    kv_lens: Int[Array, "S"],
+    cu_q_lens: Int[Array, "S+1"],
+    limits: Limits,
+    capacity: Int[Array, "S"] | None,
+) -> Chunks:
+    """Each token's position and place in the cache; no place past the row's capacity."""
+    token = jnp.arange(row_ids.shape[0], dtype=jnp.int32)
+    valid = token < cu_q_lens[-1]
+    positions = jnp.where(valid, kv_lens[row_ids] - cu_q_lens[row_ids + 1] + token, 0)
+    if capacity is not None:
+        valid &= positions < capacity[row_ids]
+    return Chunks(
+        positions=positions,
+        pages=jnp.where(valid, page_table[row_ids, positions // limits.page_size], limits.num_pages),
+        offsets=positions % limits.page_size,
+        page_table=page_table,
+        cu_q_lens=cu_q_lens,
+        kv_lens=kv_lens,
+    )
+
+
+def advance(batch: Batch, limits: Limits) -> Batch:
+    """The decode step after a decode step: every row one position on, its input the token just sampled."""
+    chunks = batch.chunks
+    kv_lens = chunks.kv_lens + (chunks.kv_lens > 0)
+    following = _place(batch.row_ids, chunks.page_table, kv_lens, chunks.cu_q_lens, limits, batch.capacity)
+    return replace(batch, token_ids=jnp.full_like(batch.token_ids, -1), chunks=following)
 
 
 def _unpack_sampling(columns: Int[Array, "C S"]) -> SamplingRows:

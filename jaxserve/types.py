@@ -153,6 +153,7 @@ class Sequence:
         num_pending: tokens sampled by steps in flight, whose value only the device knows yet.
         num_computed: tokens whose keys and values the dispatched steps have written (or found in the prefix cache).
         num_cached: prompt tokens found in the prefix cache when the sequence was first admitted.
+        needs_host: whether someone looks at every token as it comes (streams, stop strings, token-level constraints).
         seed: 64-bit seed of this continuation's random keys.
         stop_ids: token ids that end it, end-of-sequence ids included unless ignored.
         eos_ids: those of `stop_ids` that are the model's own and so are not reported as `stop_reason`.
@@ -179,6 +180,7 @@ class Sequence:
     stop_reason: int | str | None = None
     num_preemptions: int = 0
     stats: RequestStateStats = field(default_factory=RequestStateStats)
+    needs_host: bool = True
 
     @property
     def params(self) -> SamplingParams:
@@ -226,6 +228,7 @@ class Work:
         num_tokens: int32 `[S]`, tokens computed in this step.
         samples: bool `[S]`, whether the row reaches its end, so that its sampled token counts.
         page_table: int32 `[max_num_seqs, pages_per_seq]`, the scheduler's table, row = slot (shared, not a copy).
+        steps: decodes that run one after another before the host sees a token; above 1 every row is a decode.
     """
 
     sequences: list[Sequence]
@@ -234,6 +237,7 @@ class Work:
     num_tokens: np.ndarray
     samples: np.ndarray
     page_table: np.ndarray
+    steps: int = 1
 
     @property
     def total_tokens(self) -> int:

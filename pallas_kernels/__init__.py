@@ -1,0 +1,1 @@
+"""Array operations with an implementation per kind of device; arrays in, arrays out."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxserve.bench.workload import LARGEST_TOKEN_ID, Workload
+from jaxserve.checks import require
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.metrics import Counter
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
@@ -30,7 +31,14 @@ class Result:
 
 
 def run(engine: LLMEngine, workload: Workload, batch_size: int, *, repeat: int, sampling: SamplingParams) -> Result:
-    """The fastest of `repeat` runs after one that is not timed; the prefix cache is emptied before each."""
+    """The fastest of `repeat` runs after one that is not timed; the prefix cache is emptied before each.
+
+    Raises:
+        ParameterError: the longest request does not fit the engine's context.
+    """
+    limit = engine.config.max_model_len
+    rule = f"fit max_model_len ({limit}) with the longest prompt and output; shorten them or raise max_model_len"
+    require(workload.longest <= limit, "the workload", workload.longest, rule)
     results = []
     for _ in range(repeat + 1):
         engine.reset_prefix_cache()

@@ -174,6 +174,16 @@ class EngineArgs:
             choices=("fcfs", "priority"),
         ),
     )
+    decode_steps: int | None = field(
+        default=None,
+        metadata=about(
+            "decodes that run in a row on the device while nobody waits or watches the tokens; 8, on CPU 1",
+            "scheduler",
+            "int",
+            low=1,
+            high=64,
+        ),
+    )
     warmup: str | None = field(
         default=None,
         metadata=about(

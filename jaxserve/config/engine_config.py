@@ -66,6 +66,7 @@ class EngineConfig:
     enable_chunked_prefill: bool
     long_prefill_token_threshold: int
     scheduling_policy: str
+    decode_steps: int
     warmup: str
     compilation_cache_dir: Path | None
     log_stats: bool
@@ -127,6 +128,7 @@ def resolve(
         "block_size": args.block_size or (32 if on_cpu else 64),
         "max_num_seqs": seqs,
         "max_num_batched_tokens": tokens,
+        "decode_steps": args.decode_steps or (1 if on_cpu else 8),
         "warmup": args.warmup or ("none" if on_cpu else "full"),
         "compilation_cache_dir": _cache_dir(args.compilation_cache_dir),
         "log_stats": not args.disable_log_stats,

@@ -25,7 +25,7 @@ def step_edits(work: Work) -> EditRows:
 
 
 def _row_edits(sequence: Sequence, edits: LogitEdits, position: int) -> Iterator[tuple[int, int, float]]:
-    """Edits for sampling the token at `position`; tokens up to `position - 2` are known to the host, the last may not be."""
+    """Edits for sampling the token at `position`; the host may not know the token before it yet."""
     allowed = edits.allowed
     for token in allowed or ():
         yield -1, token, 0.0

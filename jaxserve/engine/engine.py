@@ -1,5 +1,6 @@
 """The engine: requests in, one step at a time, outputs out."""
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ import numpy as np
 
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.metrics import Metric, Metrics
-from jaxserve.engine.outputs import OutputProcessor, RequestRecord
+from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host
 from jaxserve.engine.pages import Pages
 from jaxserve.engine.runner import InFlight, Runner
 from jaxserve.engine.scheduler import Scheduler
@@ -43,6 +44,7 @@ class LLMEngine:
             policy=config.scheduling_policy,
             enable_chunked_prefill=config.enable_chunked_prefill,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            decode_steps=config.decode_steps,
         )
         self._metrics = Metrics()
         self._outputs = OutputProcessor(parts.tokenizer, self.scheduler, self._metrics)
@@ -99,6 +101,7 @@ class LLMEngine:
         now = time.monotonic()
         for sequence in sequences:
             sequence.stats.arrival_time, sequence.stats.queued_ts = request.arrival_time, now
+            sequence.needs_host = needs_host(request)
             self.scheduler.add(sequence)
         self._outputs.add(request, sequences)
         return request_id
@@ -122,7 +125,9 @@ class LLMEngine:
         outputs = self._failed()
         if previous is not None:
             results = previous.results()
-            gained = self.scheduler.commit(previous.work, results.tokens[: len(previous.work.sequences)])
+            rows = len(previous.work.sequences)
+            committed = [self.scheduler.commit(previous.work, tokens[:rows]) for tokens in results.tokens]
+            gained = list(dict.fromkeys(itertools.chain(*committed)))
             outputs += self._outputs.process(previous.work, results, gained)
             self._metrics.steps += 1
             self._metrics.step_tokens.observe(previous.work.total_tokens)

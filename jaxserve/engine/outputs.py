@@ -6,13 +6,21 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxserve.engine.metrics import Metrics
+from jaxserve.engine.results import Results
 from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.step import Results
 from jaxserve.repetition import detect_repetition
 from jaxserve.sampling import Scores
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Detokenizer, Tokenizer
 from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request, RequestOutput, Sequence, Work
+
+
+def needs_host(request: Request) -> bool:
+    """Whether each token must reach the host before the next step is planned: someone looks at it or acts on it."""
+    params = request.params
+    watched = params.stop or params.repetition_detection is not None or params.logprobs is not None
+    constrained = request.edits is not None or params.min_tokens > 0
+    return params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(watched) or constrained
 
 
 class Continuation:
@@ -35,12 +43,11 @@ class Continuation:
         if tokenizer is None:
             return None
         if self._detokenizer is None:
-            prompt = sequence.request.prompt_token_ids.tolist()
-            self._detokenizer = Detokenizer(tokenizer, prompt, sequence.params)
-        new = sequence.output_ids[self._num_decoded :].tolist()
+            self._detokenizer = Detokenizer(tokenizer, sequence.request.prompt_token_ids, sequence.params)
+        new = sequence.output_ids[self._num_decoded :]
         self._num_decoded += len(new)
         ended = sequence.finish_reason == "stop"
-        return self._detokenizer.update(new, stop_token=ended) if new else None
+        return self._detokenizer.update(new, stop_token=ended) if len(new) else None
 
     def _text(self) -> str:
         self.decode()
@@ -157,16 +164,17 @@ class OutputProcessor:
 
     def _time(self, sequence: Sequence, now: float) -> None:
         stats, metrics = sequence.stats, self._metrics
-        stats.num_generation_tokens += 1
-        if stats.num_generation_tokens == 1:
+        new = sequence.num_output - stats.num_generation_tokens
+        if stats.num_generation_tokens == 0:
             stats.first_token_ts = now
             metrics.prompt_tokens += sequence.num_prompt
             metrics.time_to_first_token.observe(now - stats.queued_ts)
             metrics.queue_time.observe(stats.scheduled_ts - stats.queued_ts)
         else:
-            metrics.inter_token_latency.observe(now - stats.last_token_ts)
+            metrics.inter_token_latency.observe((now - stats.last_token_ts) / new, new)
+        stats.num_generation_tokens += new
         stats.last_token_ts = now
-        metrics.generation_tokens += 1
+        metrics.generation_tokens += new
 
     def _add_logprobs(self, work: Work, scores: Scores, gained: list[Sequence]) -> None:
         wanted = {id(sequence) for sequence in gained if sequence.params.logprobs is not None}

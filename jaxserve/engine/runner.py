@@ -11,7 +11,9 @@ from jaxserve.batch import Bucket, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
 from jaxserve.engine.edits import step_edits
 from jaxserve.engine.memory import MemoryPlan, estimate_working, plan_memory
-from jaxserve.engine.step import Buckets, Programs, Results, ScoreMode
+from jaxserve.engine.programs import Buckets, Programs
+from jaxserve.engine.results import Results
+from jaxserve.engine.step import ScoreMode
 from jaxserve.kv_cache import KVCache
 from jaxserve.types import Work
 from jaxserve.weights import LoadedModel
@@ -44,7 +46,7 @@ class Runner:
         self._loaded = loaded
         self._device = device
         self._threads = threads
-        self.buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.decode_steps)
         self.plan, self.programs = self._plan()
         logger.info("%s", self.plan.table())
         self._limits = self.limits(self.plan)
@@ -117,7 +119,7 @@ class Runner:
         self._table.update(work.sequences)
         level = self._table.level(work)
         edits = step_edits(work) if level >= Level.SAMPLE else []
-        exact = self.buckets.choose(work.total_tokens, len(work.sequences), level, len(edits))
+        exact = self.buckets.choose(work.total_tokens, len(work.sequences), level, len(edits), work.steps)
         bucket = self.programs.choose(exact)
         limits = self._limits
         buffer = pack(work, bucket, limits, self._table, edits)

@@ -10,6 +10,7 @@ import heapq
 import itertools
 import time
 from bisect import insort
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -23,7 +24,7 @@ class _Waiting:
 
     def __init__(self, by_priority: bool) -> None:
         self._by_priority = by_priority
-        self._heap: list[tuple[int, float, int, Sequence]] = []
+        self._heap: list[tuple[Any, ...]] = []  # (priority, arrival, ticket, sequence); tickets are unique
         self._tail = itertools.count()
         self._head = itertools.count(-1, -1)
         self._num_left = 0  # entries that left from the middle and are still in the heap
@@ -70,13 +71,14 @@ class _Rows:
         self.starts: list[int] = []
         self.counts: list[int] = []
         self.samples: list[bool] = []
+        self.steps = 1
 
     def work(self, page_table: np.ndarray) -> Work | None:
         if not self.sequences:
             return None
         slots = np.array([seq.slot for seq in self.sequences], np.int32)
         starts, counts = np.array(self.starts, np.int32), np.array(self.counts, np.int32)
-        return Work(self.sequences, slots, starts, counts, np.array(self.samples, np.bool_), page_table)
+        return Work(self.sequences, slots, starts, counts, np.array(self.samples, np.bool_), page_table, self.steps)
 
 
 class Scheduler:
@@ -99,6 +101,7 @@ class Scheduler:
         policy: str = "fcfs",
         enable_chunked_prefill: bool = True,
         long_prefill_token_threshold: int = 0,
+        decode_steps: int = 1,
     ) -> None:
         """Raises ValueError for limits under which some sequence could never run.
 
@@ -110,6 +113,7 @@ class Scheduler:
             policy: "fcfs", or "priority" (lower `Request.priority` first, then earlier arrival).
             enable_chunked_prefill: whether a prompt may be spread over several steps.
             long_prefill_token_threshold: the most prompt tokens of one sequence in a step; 0 is no limit.
+            decode_steps: decodes planned at once while nobody can be admitted and no sequence needs the host.
         """
         if policy not in {"fcfs", "priority"}:
             raise ValueError(f"policy={policy!r} is unknown; use 'fcfs' or 'priority'")
@@ -131,6 +135,7 @@ class Scheduler:
         self._chunk = min(long_prefill_token_threshold or max_num_batched_tokens, max_num_batched_tokens)
         self._chunked = enable_chunked_prefill
         self._by_priority = policy == "priority"
+        self._decode_steps = decode_steps
         self._waiting = _Waiting(self._by_priority)
         # In the order of admission or of priority; either way the last one is the next victim of preemption.
         self._running: list[Sequence] = []
@@ -199,6 +204,8 @@ class Scheduler:
         step in flight to be committed, or all have just failed (`take_failed`).
         """
         rows = _Rows()
+        if self._schedule_several(rows):
+            return rows.work(self.page_table)
         preemptions = self.num_preemptions
         budget = self._schedule_running(rows)
         if self.num_preemptions == preemptions:
@@ -231,6 +238,34 @@ class Scheduler:
             elif length == len(seq.tokens):
                 self.finish(seq, "length")
         return gained
+
+    def _schedule_several(self, rows: _Rows) -> bool:
+        """Plan several decodes of every running sequence at once, if that delays nobody; False if it would.
+
+        A sequence that ends before the others computes on; `commit` drops what it samples.
+        """
+        steps, page_size = self._decode_steps, self.pages.page_size
+        if steps == 1 or (len(self._waiting) and self._free_slots):
+            return False
+        planned, missing = [], 0
+        for seq in self._running:
+            left = len(seq.tokens) - seq.num_tokens - seq.num_pending
+            if left:
+                if seq.needs_host or seq.num_tokens + seq.num_pending - seq.num_computed != 1:
+                    return False
+                count = min(left, steps)
+                missing += -(-(seq.num_computed + count) // page_size) - len(seq.pages)
+                planned.append((seq, count))
+        if missing > self.pages.num_free or len(planned) > self._budget:
+            return False
+        rows.steps = steps
+        for seq, count in planned:
+            while seq.num_computed + count > len(seq.pages) * page_size:
+                self._grow(seq)
+            self._plan(rows, seq, seq.num_computed, 1, True)
+            seq.num_computed += count - 1
+            seq.num_pending += count - 1
+        return True
 
     def _schedule_running(self, rows: _Rows) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""
@@ -318,24 +353,22 @@ class Scheduler:
         """Give a running sequence one more page, preempting from the end of the list; False if it cannot run now."""
         self._register(seq)
         while not self.pages.num_free:
-            victim = self._running[-1]
-            if victim is not seq:
-                self._preempt(victim)
-            elif len(self._running) > 1:
-                self._preempt(seq)
-                return False
-            else:
-                if not seq.num_pending:  # else its token in flight may end it in a better way
-                    self._fail(seq)
-                return False
+            if self._running[-1] is not seq:
+                self._preempt()
+                continue
+            # The last one keeps its pages until somebody before it wants them. Alone, it holds the whole pool, and only
+            # a token in flight may still end it well.
+            if len(self._running) == 1 and not seq.num_pending:
+                self._fail(seq)
+            return False
         page = self.pages.allocate(1)[0]
         self.page_table[seq.slot, len(seq.pages)] = page
         seq.pages.append(page)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self) -> None:
         """Put the last running sequence back in front of the waiting ones, to be computed again from its tokens."""
-        self._running.pop()
+        seq = self._running.pop()
         self._vacate(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
@@ -353,7 +386,7 @@ class Scheduler:
         self.pages.release(seq.pages)
         self.page_table[seq.slot, : len(seq.pages)] = 0
         self._free_slots.append(seq.slot)
-        seq.pages, seq.slot, seq.num_registered = [], -1, 0
+        seq.pages, seq.slot = [], -1
 
     def _extend_hashes(self, seq: Sequence) -> None:
         extend_hashes(seq.page_hashes, seq.tokens[: seq.num_tokens], self.pages.page_size, seq.request.cache_keys)

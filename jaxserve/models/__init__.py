@@ -31,10 +31,10 @@ def resolve(hf_config: Mapping[str, Any]) -> Family:
     Raises:
         ValueError: for an unknown or missing architecture, listing the supported ones.
     """
-    names = hf_config.get("architectures") or [None]
-    if names[0] not in FAMILIES:
-        raise ValueError(f"architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return import_module(f"jaxserve.models.{FAMILIES[names[0]]}").FAMILY
+    name = next(iter(hf_config.get("architectures") or ()), "")
+    if name not in FAMILIES:
+        raise ValueError(f"architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return import_module(f"jaxserve.models.{FAMILIES[name]}").FAMILY
 
 
 def abstract(family: Family, config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, Mapping[Any, Any]]:

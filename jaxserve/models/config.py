@@ -76,16 +76,13 @@ class ModelConfig:
 
 # Attributes that never change what the model computes at inference: bookkeeping, training, generation defaults.
 # fmt: off
-HARMLESS = frozenset((
-    "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    "_commit_hash", "name_or_path",
-    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "use_cache", "cache_implementation", "initializer_range",
-    "attention_dropout",
-    "hidden_dropout", "resid_pdrop", "embd_pdrop", "output_attentions", "output_hidden_states", "return_dict",
-    "gradient_checkpointing",
-    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "pretraining_tp",
-    "is_llama_config", "model_name",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+HARMLESS: frozenset[str] = frozenset((
+    "architectures", "model_type", "model_name", "auto_map", "torch_dtype", "dtype", "transformers_version",
+    "name_or_path", "_name_or_path", "_commit_hash", "is_llama_config", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "use_cache",
+    "cache_implementation", "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing",
+    "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
+    "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "max_new_tokens", "num_beams",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
 ))

@@ -1,9 +1,12 @@
 """Ragged paged attention: one op for decode, chunked prefill and verification, mixed in one batch."""
 
 import jax
-import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import reference
+from pallas_kernels.dispatch import Op
+
+OP = Op("paged_attention", {"xla": reference.paged_attention})
 
 
 def paged_attention(
@@ -19,23 +22,50 @@ def paged_attention(
     soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N H"]:
-    """PLACEHOLDER: simplest correct form, to be replaced."""
-    rows = jnp.arange(q.shape[0])
-    seq = jnp.clip(jnp.searchsorted(cu_q_lens, rows, side="right") - 1, 0, kv_lens.shape[0] - 1)
-    position = kv_lens[seq] - cu_q_lens[seq + 1] + rows
-    cells = kv[layer][page_table]  # [S, P, 2, K, p, H]
-    s, p_, _, heads, page, width = cells.shape
-    k, v = (cells[:, :, i].transpose(0, 1, 3, 2, 4).reshape(s, p_ * page, heads, width)[seq] for i in (0, 1))
-    grouped = q.reshape(q.shape[0], heads, -1, width)
-    scores = jnp.einsum("tkgh,tckh->tkgc", grouped, k, preferred_element_type=jnp.float32) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    column = jnp.arange(k.shape[1])
-    visible = column[None] <= position[:, None]
-    if window is not None:
-        visible &= column[None] > position[:, None] - window
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("tkgc,tckh->tkgh", weights.astype(v.dtype), v)
-    valid = (rows < cu_q_lens[-1]) & (position >= 0)
-    return jnp.where(valid[:, None, None], out.reshape(q.shape), 0).astype(q.dtype)
+    """Causal attention of `T` query rows over the cached keys and values of their sequences.
+
+    Sequence `s` owns the rows `cu_q_lens[s]:cu_q_lens[s + 1]`. They are its last positions: row `t` stands at position
+    `kv_lens[s] - cu_q_lens[s + 1] + t`, and its own key and value are already in the cache. The key at column `c` is
+    in `kv[layer, page_table[s, c // p], 0, :, c % p]`, its value at index 1 of the same page. Row `t` sees columns
+    `c <= position`, of these only the last `window` (`position - c < window`). The score of a query `x` and a key `y`
+    is `scale * (x . y)`, then `soft_cap * tanh(score / soft_cap)`; softmax and sums are float32. The `N` query heads
+    are groups of `N / K` consecutive heads per key head.
+
+    Decodes (one row), prefill chunks and padding mix freely. Sequences without rows are padding; rows at or past
+    `cu_q_lens[S]` are padding and come out as 0, as does a row that sees nothing. `T == S` suggests that every
+    sequence has one row at most: still right when it is not so, but slow.
+    Cache cells past a sequence's length must be finite. Entries of `page_table` past the used pages are ignored.
+
+    Args:
+        q: queries; kv: stacked cache of all layers (2: key, value), `p` tokens per page.
+        layer: index into the cache, static or traced.
+        page_table: pages of each sequence in order; cu_q_lens: ascending row offsets, starting at 0.
+        kv_lens: cached positions of each sequence, this step's included.
+        scale: factor of the dot products.
+        window: how many positions a row sees, its own included; None for all.
+        soft_cap: bound of the scores; None for none.
+        implementation: a name in `OP.table` for that one or failure, None for the first that can serve.
+
+    Returns:
+        float `[T, N, H]` in the dtype of `q`.
+
+    Raises:
+        ValueError: shapes or options that no implementation can mean, or an unknown implementation.
+        NotImplementedError: no implementation (or not the named one) serves these shapes.
+    """
+    _check(q, kv, window, soft_cap)
+    with jax.named_scope("paged_attention"):
+        return OP(
+            implementation, q, kv, layer, page_table, cu_q_lens, kv_lens,
+            scale=scale, window=window, soft_cap=soft_cap,
+        )  # fmt: skip
+
+
+def _check(q: Array, kv: Array, window: int | None, soft_cap: float | None) -> None:
+    heads, key_heads = q.shape[1], kv.shape[3]
+    if heads % key_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
+    if window is not None and window < 1:
+        raise ValueError(f"{window=} must be at least 1, or None for no window")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{soft_cap=} must be positive, or None for no cap")

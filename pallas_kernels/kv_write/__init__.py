@@ -1,7 +1,12 @@
 """Write new keys and values into the stacked paged cache."""
 
-from jax import Array
-from jaxtyping import Float, Int
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.kv_write import reference
+
+OP = Op("write_kv", {"xla": reference.write_kv})
 
 
 def write_kv(
@@ -11,9 +16,19 @@ def write_kv(
     v: Float[Array, "T K H"],
     pages: Int[Array, "T"],
     offsets: Int[Array, "T"],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "L pages 2 K p H"]:
     """Return `kv` with `kv[layer, pages[t], 0 or 1, :, offsets[t]] = k[t] or v[t]`.
 
-    Rows whose page is out of range are dropped. With `kv` donated the update is in place.
+    Rows whose page is `>= pages` or negative are dropped. No two kept rows may name the same cell. With `kv` donated
+    the update is in place. `k` and `v` must have the dtype of `kv`.
+
+    Raises:
+        ValueError: dtypes differ, or the implementation is unknown.
+        NotImplementedError: no implementation (or not the named one) serves these shapes.
     """
-    return kv.at[layer, pages, 0, :, offsets].set(k, mode="drop").at[layer, pages, 1, :, offsets].set(v, mode="drop")
+    if not (k.dtype == v.dtype == kv.dtype):
+        raise ValueError(f"dtypes of k ({k.dtype}) and v ({v.dtype}) must be the cache's ({kv.dtype}); cast them first")
+    with jax.named_scope("write_kv"):
+        return OP(implementation, kv, layer, k, v, pages, offsets)

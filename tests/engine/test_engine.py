@@ -64,8 +64,10 @@ def test_batched_equals_alone_in_any_order(llm: LLM, alone: dict[str, list], nam
         {"enable_prefix_caching": False, "max_num_seqs": 2},
         {"num_gpu_blocks_override": 26},  # too few pages for all: preemption
         {"scheduling_policy": "priority", "num_gpu_blocks_override": 26},
+        {"decode_steps": 5},
+        {"decode_steps": 4, "num_gpu_blocks_override": 26},
     ],
-    ids=["chunks", "threshold", "few_slots", "preemption", "priority_preemption"],
+    ids=["chunks", "threshold", "few_slots", "preemption", "priority_preemption", "steps", "steps_preemption"],
 )
 def test_scheduling_does_not_change_results(
     tiny_model: Path, compilation_cache: str, alone: dict[str, list], options: dict

@@ -141,6 +141,17 @@ def test_fcfs_preempts_the_last_admitted_even_with_a_pending_token():
     assert first.num_preemptions == 0
 
 
+def test_the_last_one_stands_still_rather_than_give_up_its_pages():
+    engine = Engine(num_pages=5, page_size=4, max_num_batched_tokens=64, caching=False)
+    first = engine.add(make_sequence(range(9), 3, name="first", stops=False))
+    second = engine.add(make_sequence(range(30, 38), 6, name="second", stops=False))
+    assert list(plan(engine.launch())) == ["first", "second"]
+    assert list(plan(engine.launch())) == ["first"]
+    assert (second.status, second.length) == (Status.RUNNING, 9)
+    engine.drain()
+    assert (first.num_preemptions, second.num_preemptions) == (0, 0)
+
+
 def test_a_preempted_sequence_can_end_by_its_pending_token():
     engine = Engine(num_pages=4, page_size=4, caching=False)
     engine.add(make_sequence(range(8), 9, name="first", stops=False))
@@ -162,6 +173,33 @@ def test_priority_runs_first_and_is_preempted_last():
     engine.drain()
     assert low.num_preemptions >= 1
     assert high.num_preemptions == 0
+
+
+def test_a_step_that_preempts_admits_nobody():
+    engine = Engine(num_pages=6, page_size=4, policy="priority", caching=False, max_num_batched_tokens=64, ahead=0)
+    engine.add(make_sequence(range(12), 3, name="first", stops=False))
+    low = engine.add(make_sequence(range(30, 39), 3, name="low", priority=5, stops=False))
+    engine.launch()
+    engine.add(make_sequence(range(60, 65), 3, name="middle", priority=1, stops=False))
+    engine.commit()
+    assert list(plan(engine.launch())) == ["first"]
+    assert (low.num_preemptions, engine.pages.num_free) == (1, 2)  # room for "middle", but not yet
+    engine.commit()
+    assert list(plan(engine.launch())) == ["first", "middle"]
+    engine.drain()
+
+
+def test_a_preempted_sequence_finds_its_own_pages_but_reports_its_first_admission():
+    engine = Engine(num_pages=6, page_size=4, max_num_batched_tokens=64, ahead=0)
+    engine.add(make_sequence(range(12), 2, name="first", stops=False))
+    second = engine.add(make_sequence(range(30, 41), 2, name="second", stops=False))
+    engine.step()
+    assert list(plan(engine.step())) == ["first"]
+    work = engine.step()
+    assert plan(work)["second"] == (8, 4)
+    assert (second.num_preemptions, second.num_cached) == (1, 0)
+    assert (engine.pages.queried_tokens, engine.pages.hit_tokens) == (12 + 11, 0)
+    engine.drain()
 
 
 def test_priority_orders_the_queue_by_priority_then_arrival():
@@ -223,6 +261,19 @@ def test_a_second_request_reuses_all_full_pages_but_the_last_token():
     assert (first.num_cached, again.num_cached, longer.num_cached) == (0, 4, 8)  # token 12 was never computed
     assert (engine.pages.queried_tokens, engine.pages.hit_tokens) == (8 + 8 + 13, 12)
     engine.drain()
+
+
+def test_generated_pages_are_found_while_it_runs_and_after_its_end():
+    engine = Engine()
+    first = engine.add(make_sequence(range(4), 9, stops=False))
+    while first.num_computed < 11:
+        engine.step()
+    while_running = engine.add(make_sequence(engine.truth(first, 9), 1))
+    engine.drain_without_reset()
+    assert (first.num_computed, while_running.num_cached) == (12, 8)
+    after = engine.add(make_sequence([*engine.truth(first, 12), 3], 1))
+    engine.drain()
+    assert after.num_cached == 12
 
 
 def test_siblings_share_a_prompt_within_one_step():
