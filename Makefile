@@ -45,10 +45,10 @@ $(DEV): pyproject.toml .python-version | $(UV)
 setup: $(DEV)
 
 demo: $(DEMO)
-	@$(RUN)/jaxserve generate --max-tokens 40 --temperature 0 --max-model-len 512 --max-num-seqs 4 $(ARGS) \
-	    "The capital of France is" \
-	    "Three things every garden needs are" \
-	    "Once upon a time, a small robot"
+	@$(RUN)/jaxserve generate --chat --max-tokens 40 --temperature 0 --max-model-len 512 --max-num-seqs 4 $(ARGS) \
+	    "What is the capital of France?" \
+	    "Name three things that every garden needs." \
+	    "Write one sentence about a small robot."
 
 chat: $(DEMO)
 	@$(RUN)/jaxserve chat $(ARGS)

@@ -7,6 +7,8 @@ it cannot serve a call (wrong platform, unsupported shape, missing feature); the
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import jax
+
 
 @dataclass(frozen=True)
 class Op[**Arguments, Result]:
@@ -21,17 +23,36 @@ class Op[**Arguments, Result]:
     name: str
     table: Mapping[str, Callable[Arguments, Result]]
 
-    def run(
-        self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> tuple[str, Result]:
+    def __call__(self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Call the first implementation that can serve these arguments, or exactly the named one.
-
-        Returns the name of the implementation that served, and its result.
 
         Raises:
             ValueError: `implementation` is not in the table.
             NotImplementedError: none can serve (or the named one cannot); the message holds every reason.
         """
+        return self._serve(implementation, *args, **kwargs)[1]
+
+    def choice(self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+        """Name of the implementation that a call with these arguments uses; computes nothing.
+
+        Arrays may be given as `jax.ShapeDtypeStruct`. Raises as the call does.
+        """
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        traced = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)}
+        names = []
+
+        def call(arrays: dict[int, jax.Array]) -> Result:
+            filled_args, filled_kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
+            name, result = self._serve(implementation, *filled_args, **filled_kwargs)
+            names.append(name)
+            return result
+
+        jax.eval_shape(call, traced)
+        return names[0]
+
+    def _serve(
+        self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> tuple[str, Result]:
         if implementation is not None and implementation not in self.table:
             raise ValueError(f"{self.name} has no {implementation=}; choose one of {sorted(self.table)} or None")
         reasons = []
@@ -41,7 +62,3 @@ class Op[**Arguments, Result]:
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
         raise NotImplementedError(f"{self.name} cannot serve this call: " + "; ".join(reasons))
-
-    def __call__(self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """The result alone of `run`."""
-        return self.run(implementation, *args, **kwargs)[1]

@@ -42,11 +42,16 @@ class Item:
     def label(self) -> Any:
         return self.line if self.id is None else self.id
 
+    @property
+    def title(self) -> Any:
+        return self.messages[-1]["content"] if self.messages else self.prompt
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="text to continue; - reads one prompt from standard input"
     )
+    parser.add_argument("--chat", action="store_true", help="take each PROMPT as a user's message to a chat model")
     files = parser.add_argument_group("files")
     files.add_argument("-i", "--input-file", metavar="JSONL", help="prompts, one a line; - is standard input")
     files.add_argument("-o", "--output-file", metavar="JSONL", help="write results there instead of printing them")
@@ -93,6 +98,8 @@ def read_items(args: argparse.Namespace) -> list[Item]:
     if args.input_file is not None:
         if args.prompts:
             raise flags.UsageError("give prompts as arguments or in --input-file, not both.")
+        if args.chat:
+            raise flags.UsageError('--chat is for prompts given as arguments; write "messages" in the lines of a file.')
         if args.input_file == "-":
             return [parse_line(*entry) for entry in nonempty(sys.stdin)]
         try:
@@ -105,6 +112,8 @@ def read_items(args: argparse.Namespace) -> list[Item]:
     if args.prompts.count("-") > 1:
         raise flags.UsageError("standard input (-) can be read once only.")
     texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in args.prompts]
+    if args.chat:
+        return [Item(line, messages=[{"role": "user", "content": text}]) for line, text in enumerate(texts, start=1)]
     return [Item(line, prompt=text) for line, text in enumerate(texts, start=1)]
 
 
@@ -228,7 +237,7 @@ def text_lines(items: list[Item], results: list[RequestOutput | None]) -> Iterat
             if len(items) == total == 1:
                 yield completion.text
             else:
-                yield f"=== {item.prompt}" + (f" ({completion.index + 1} of {total})" if total > 1 else "")
+                yield f"=== {item.title}" + (f" ({completion.index + 1} of {total})" if total > 1 else "")
                 yield completion.text.removeprefix(" ")
 
 

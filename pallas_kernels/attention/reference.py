@@ -7,7 +7,6 @@ calculation for softmax", 2018), so the cost follows the real lengths, not the w
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -74,7 +73,7 @@ def paged_attention(
     return out.reshape(q.shape)
 
 
-def _cut(cu_q_lens: Int[Array, "S+1"], num_tokens: int, rows: int) -> _Tiles:
+def _cut(cu_q_lens: Int[Array, "bounds"], num_tokens: int, rows: int) -> _Tiles:
     """Cut every sequence's rows into tiles of at most `rows`; there are at most `T / rows + S` of them."""
     starts, ends = cu_q_lens[:-1], cu_q_lens[1:]
     counts = (ends - starts + rows - 1) // rows

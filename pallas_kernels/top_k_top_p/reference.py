@@ -60,7 +60,7 @@ def _ordered_bits(values: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
 
 
 def _largest(holds: Callable[[UInt32[Array, "S"]], Bool[Array, "S"]], rows: int) -> UInt32[Array, "S"]:
-    """The largest integer of each row for which a condition holds that holds up to some integer and not above; else 0."""
+    """Each row's largest integer that meets a condition met by all integers up to some point; 0 if none does."""
 
     def fix(step: Int[Array, ""], found: UInt32[Array, "S"]) -> UInt32[Array, "S"]:
         tried = found | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))

@@ -116,6 +116,7 @@ MISTAKES = {
     "generate hi --tensor-parallel-size 2": "tensor_parallel_size=2",
     "generate - -": "can be read once only",
     "generate hi --input-file x": "not both",
+    "generate --chat --input-file x": "--chat is for prompts",
     "generate --input-file no/such/file": "No such file or directory",
     "chat hi": "unknown argument 'hi'",
     "convert one": "required: OUT",

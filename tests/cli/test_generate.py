@@ -103,5 +103,7 @@ def test_prompts_of_the_command_line_and_a_converted_model(
     assert str(tmp_path / "ready") in capsys.readouterr().out
     assert main(["generate", "The sky is", *options, *small, "--model", str(tmp_path / "ready")]) == 0
     assert capsys.readouterr().out == text
+    assert main(["generate", "--chat", "Hello", "The sky is", *options, *small]) == 0
+    assert capsys.readouterr().out.startswith("=== Hello\n")
     assert main(["convert", small[1], str(tmp_path / "ready")]) == 1
     assert "already holds" in capsys.readouterr().err
