@@ -1,12 +1,22 @@
 """Ragged paged attention: one op for decode, chunked prefill and verification, mixed in one batch."""
 
+import functools
+
 import jax
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import batched, reference
 from pallas_kernels.dispatch import Op
 
-OP = Op("paged_attention", {"xla": reference.paged_attention})
+
+def _xla(*arrays: Array | int, **options: float | int | None) -> Array:
+    """Plain jax in the form that suits the platform the program is lowered for."""
+    cpu, other = (functools.partial(form.paged_attention, **options) for form in (reference, batched))
+    return lax.platform_dependent(*arrays, cpu=cpu, default=other)
+
+
+OP = Op("paged_attention", {"xla": _xla})
 
 
 def paged_attention(
