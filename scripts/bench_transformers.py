@@ -50,7 +50,13 @@ def load_jaxserve(model: Path, threads: int, max_num_seqs: int, max_model_len: i
     from jaxserve import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
-        str(model), dtype="float32", max_num_seqs=max_num_seqs, max_model_len=max_model_len, enable_prefix_caching=False
+        str(model),
+        dtype="float32",
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        enable_prefix_caching=False,
+        warmup="none",  # the run that is not timed compiles what is needed, and nothing compiles beside the others
+        use_tqdm_on_load=False,
     )
 
     def generate(prompts: list[list[int]], length: int) -> list[list[int]]:

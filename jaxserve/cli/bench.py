@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if args.repeat < 1:
         raise ParameterError(f"--repeat must be 1 or more, got {args.repeat}.")
     quiet = {} if sys.stderr.isatty() else {"use_tqdm_on_load": False}
-    sizes = {"max_num_seqs": max(args.batch_sizes), "skip_tokenizer_init": True}
-    engine_args = flags.engine_args(args, **(sizes | quiet))
+    # No warm-up: the run that is not timed compiles what is needed, and nothing compiles beside the timed ones.
+    fixed = {"max_num_seqs": max(args.batch_sizes), "skip_tokenizer_init": True, "warmup": "none"}
+    engine_args = flags.engine_args(args, **(fixed | quiet))
     seed = engine_args.seed
     workload = Workload(args.input_len, args.output_len, args.random_range_ratio, args.num_prompts, seed)
     sampling = SamplingParams(temperature=args.temperature, detokenize=False)

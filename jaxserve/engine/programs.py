@@ -19,7 +19,6 @@ from jaxserve.models.decoder import CausalLM
 logger = logging.getLogger(__name__)
 
 MIN_MIXED_TOKENS = 16
-FEW_SEQUENCES = 16
 MIN_EDITS = 1024
 WASTE = 4  # a program this many times too large runs rather than compiling the right one between two steps
 
@@ -39,13 +38,19 @@ def _next_power(n: int) -> int:
 
 
 class Buckets:
-    """The short list of step shapes: decodes by sequences, mixed steps by tokens with few or with all sequences."""
+    """The short list of step shapes: decodes by sequences, mixed steps by tokens with room for half as many sequences.
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, decode_steps: int):
+    Accelerators decode a few padding rows for nothing, since the weights bound the step: small decodes share buckets.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, decode_steps: int, *, accelerator: bool):
         self._steps = decode_steps
-        self._decode = _powers(1, max_num_seqs)
-        self._tokens = _powers(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
         self._max_seqs = max_num_seqs
+        powers = _powers(1, max_num_seqs)
+        small = powers[1:6:2] if accelerator else []  # 2, 8 and 32 run as 4, 16 and 64
+        self._decode = [size for size in powers if size not in small or size == max_num_seqs]
+        most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
+        self._tokens = _powers(min(MIN_MIXED_TOKENS, most), most)
 
     def choose(self, tokens: int, seqs: int, level: Level, edits: int, steps: int = 1) -> Bucket:
         """The smallest bucket that holds a step (or `steps` decodes in a row)."""
@@ -53,24 +58,23 @@ class Buckets:
         if tokens == seqs and level < Level.PROMPT_LOGPROBS:
             s = self._decode[bisect.bisect_left(self._decode, seqs)]
             return Bucket(s, s, level, size, steps)
-        few = min(FEW_SEQUENCES, self._max_seqs)
-        s = few if seqs <= few else self._max_seqs
         t = self._tokens[bisect.bisect_left(self._tokens, tokens)]
-        return Bucket(max(t, _next_power(s + 1)), s, level, size)  # T == S would say that all rows are decodes
+        return self._mixed(max(t, _next_power(2 * seqs)), level, size)
+
+    def _mixed(self, tokens: int, level: Level, edits: int) -> Bucket:
+        """T == S would say that all rows are decodes, so there are fewer sequences than tokens."""
+        return Bucket(max(tokens, 2), min(self._max_seqs, max(tokens // 2, 1)), level, edits)
 
     def all(self) -> list[Bucket]:
         """Every common bucket, small ones first."""
-        found = set()
-        for level in (Level.GREEDY, Level.SAMPLE):
-            found |= {self.choose(s, s, level, 0, steps) for s in self._decode for steps in {1, self._steps}}
-            for tokens in self._tokens:
-                found |= {self.choose(tokens, s, level, 0) for s in (1, min(self._max_seqs, tokens - 1)) if s}
-        return sorted(found)
+        level, edits = Level.SAMPLE, MIN_EDITS
+        found = {Bucket(s, s, level, edits, steps) for s in self._decode for steps in {1, self._steps}}
+        return sorted(found | {self._mixed(tokens, level, edits) for tokens in self._tokens})
 
     @property
     def largest(self) -> Bucket:
         """The bucket that needs the most working memory."""
-        return max(self.all(), key=lambda bucket: (bucket.tokens, bucket.seqs, bucket.level))
+        return max(self.all(), key=Bucket.cost)
 
 
 class CompileCounts:

@@ -46,7 +46,12 @@ class Runner:
         self._loaded = loaded
         self._device = device
         self._threads = threads
-        self.buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.decode_steps)
+        self.buckets = Buckets(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.decode_steps,
+            accelerator=device.platform != "cpu",
+        )
         self.plan, self.programs = self._plan()
         logger.info("%s", self.plan.table())
         self._limits = self.limits(self.plan)

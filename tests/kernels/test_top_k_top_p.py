@@ -1,0 +1,88 @@
+"""Every implementation of `top_k_top_p_mask` against a float64 sort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.top_k_top_p import OP, top_k_top_p_mask
+
+
+def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """Which tokens of one row are kept."""
+    x = logits.astype(np.float64)
+    kept = x > -np.inf
+    if not kept.any():
+        return kept
+    probs = np.exp(x - x.max())
+    kept &= probs >= min_p
+    if 0 < top_k < len(x):
+        kept &= x >= np.sort(np.where(kept, x, -np.inf))[-top_k]
+    if top_p < 1:
+        probs = np.where(kept, probs, 0) / probs[kept].sum()
+        larger = np.array([probs[x > value].sum() for value in x])
+        kept &= (larger < top_p) | (larger == 0)
+    return kept
+
+
+def run(logits, top_k, top_p, min_p, implementation="xla") -> np.ndarray:
+    types = (np.float32, np.int32, np.float32, np.float32)
+    args = [jnp.asarray(x, t) for x, t in zip((logits, top_k, top_p, min_p), types, strict=True)]
+    return np.asarray(jax.jit(lambda *a: top_k_top_p_mask(*a, implementation=implementation))(*args))
+
+
+def check(logits, top_k, top_p, min_p, implementation="xla") -> None:
+    logits = np.asarray(logits, np.float32)
+    out = run(logits, top_k, top_p, min_p, implementation)
+    for row in range(len(logits)):
+        kept = brute_force(logits[row], top_k[row], np.float32(top_p[row]), np.float32(min_p[row]))
+        np.testing.assert_array_equal(out[row], np.where(kept, logits[row], -np.inf), err_msg=f"{row=}")
+
+
+@pytest.mark.parametrize("implementation", OP.table)
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+def test_matches_sorting(implementation: str, spread: float):
+    rng = np.random.default_rng(int(spread))
+    logits = rng.standard_normal((24, 257)).astype(np.float32) * spread
+    top_k = rng.choice([-1, 0, 1, 2, 7, 100, 256, 257, 1000], 24)
+    top_p = rng.choice([1.0, 1.5, 0.9137, 0.5211, 0.1, 1e-6], 24)
+    min_p = rng.choice([0.0, 0.0, 0.0313, 0.21], 24)
+    check(logits, top_k, top_p, min_p, implementation)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(0, 1.0, 0.0), (3, 1.0, 0.0), (1, 1.0, 0.0), (0, 0.62, 0.0), (0, 0.0, 0.0), (0, 1.0, 1.0), (4, 0.62, 0.1)],
+)
+def test_ties_and_excluded_tokens(top_k: int, top_p: float, min_p: float):
+    inf = np.inf
+    rows = [
+        [1, 2, 2, 2, 0, -inf, 2, 1],  # ties at the boundary stay together
+        [-inf, -inf, -3, -inf, -inf, -inf, -inf, -inf],  # fewer tokens than k
+        [0.0, -0.0, 0.0, -0.0, -1, -1, -inf, -50],  # equal floats of different bits
+        [-5, -5, -5, -5, -5, -5, -5, -5],  # negative throughout
+        [-inf] * 8,
+        [1e-30, -1e-30, 3e38, -3e38, 88, -inf, 0, 1],
+    ]
+    check(rows, [top_k] * 6, [top_p] * 6, [min_p] * 6)
+
+
+def test_order_of_the_filters():
+    """top-p sees probabilities renormalised over what min-p and top-k left."""
+    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.06, 0.04]], np.float32))
+    assert np.isfinite(run(logits, [0], [0.69], [0.0])).tolist() == [[True, True, False, False, False]]
+    assert np.isfinite(run(logits, [2], [0.55], [0.0])).tolist() == [[True, False, False, False, False]]
+    assert np.isfinite(run(logits, [4], [0.97], [0.2])).tolist() == [[True, True, True, False, False]]
+
+
+def test_rows_that_use_nothing_pass_unchanged():
+    logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
+    out = run(logits, [0, 5, -1], [1.0, 0.5, 1.0], [0.0, 0.1, 0.0])
+    np.testing.assert_array_equal(out[[0, 2]], logits[[0, 2]])
+    assert np.isinf(out[1]).any()
+
+
+def test_rejects_another_dtype():
+    zeros = jnp.zeros(1)
+    with pytest.raises(ValueError, match="bfloat16"):
+        top_k_top_p_mask(jnp.zeros((1, 4), jnp.bfloat16), jnp.zeros(1, jnp.int32), zeros, zeros)
