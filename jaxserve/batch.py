@@ -2,6 +2,8 @@
 
 A step's host data travels as one int32 buffer (float fields by their bits): `pack` fills it with numpy,
 `unpack` cuts it apart inside the jitted step. Both read the same `layout`, so they cannot disagree.
+
+The pytrees are exempt from annotation checkers: jax also fills them with abstract shapes and placeholders.
 """
 
 import math
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +57,8 @@ class Bucket:
         return self.tokens, self.seqs, self.level, self.edits
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.seqs} sequences, {self.level.name.lower()}, {self.edits} edits, {self.steps} steps"
+        sizes = f"{self.tokens} tokens x {self.seqs} sequences, {self.level.name.lower()}, {self.edits} edits"
+        return sizes if self.steps == 1 else f"{sizes}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Limits:
     max_logprobs: int  # entries returned per position, at most V
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
@@ -84,6 +89,7 @@ class State:
     last_token: Int[Array, "slots"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingRows:
@@ -103,6 +109,7 @@ class SamplingRows:
     logprobs: Bool[Array, "S"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edits:
@@ -118,6 +125,7 @@ class Edits:
     values: Float[Array, "E"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:

@@ -1,6 +1,10 @@
-"""The paged key/value cache on the device, and where a step's tokens stand in it."""
+"""The paged key/value cache on the device, and where a step's tokens stand in it.
+
+The pytrees are exempt from annotation checkers: jax also fills them with abstract shapes and placeholders.
+"""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -9,6 +13,7 @@ from pallas_kernels.attention import paged_attention
 from pallas_kernels.kv_write import write_kv
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunks:
@@ -27,6 +32,7 @@ class Chunks:
     kv_lens: Int[Array, "S"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:

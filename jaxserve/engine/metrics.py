@@ -1,6 +1,7 @@
 """What the engine counts, and the snapshot `get_metrics` returns."""
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PREFIX = "jaxserve:"
@@ -27,7 +28,7 @@ class Counter(Metric):
 class Gauge(Metric):
     """A value that goes up and down."""
 
-    value: float
+    value: float | int
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class Histogram(Metric):
     """Observations by upper bound, cumulative as in Prometheus; `sum` is their total."""
 
     count: int
-    sum: float
+    sum: float | int
     buckets: dict[str, int]
 
 
 class Distribution:
     """Observations sorted into fixed bounds."""
 
-    def __init__(self, bounds: tuple[float, ...]):
+    def __init__(self, bounds: tuple[float | int, ...]):
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
+    def observe(self, value: float | int, times: int = 1) -> None:
         """Add `times` observations of `value`."""
         self._counts[bisect.bisect_left(self._bounds, value)] += times
         self._sum += value * times
@@ -86,7 +87,7 @@ class Metrics:
         """Count one ended request."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
-    def snapshot(self, gauges: dict[str, float], counters: dict[str, int]) -> list[Metric]:
+    def snapshot(self, gauges: Mapping[str, float | int], counters: Mapping[str, int]) -> list[Metric]:
         """Everything, with the values other parts of the engine keep themselves."""
         own = {"prompt_tokens": self.prompt_tokens, "generation_tokens": self.generation_tokens, "steps": self.steps}
         result: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]

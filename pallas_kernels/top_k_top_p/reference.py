@@ -1,7 +1,8 @@
 """Sampling-set masks in plain jax: the specification, and the implementation for CPUs.
 
-Float order is integer order of the bits (negative numbers reversed), so a threshold is found exactly by fixing its 32
-bits one after the other, each with one compare-and-reduce pass over the row, instead of sorting it.
+Where every row's set lies within its `HEAD` best tokens, those decide it. Elsewhere the threshold is searched: float
+order is integer order of the bits (negative numbers reversed), so its 32 bits can be fixed one after the other, each
+with one compare-and-reduce pass over the row, which is exact and far cheaper than sorting it.
 """
 
 from collections.abc import Callable
@@ -10,16 +11,49 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+HEAD = 128  # best tokens of a row that are looked at first
+
 
 def top_k_top_p_mask(
     logits: Float[Array, "S V"], top_k: Int[Array, "S"], top_p: Float[Array, "S"], min_p: Float[Array, "S"]
 ) -> Float[Array, "S V"]:
-    """See `pallas_kernels.top_k_top_p.top_k_top_p_mask`. A filter that no row uses is skipped."""
+    """See `pallas_kernels.top_k_top_p.top_k_top_p_mask`. Filters that no row uses are skipped."""
     use_k = (top_k > 0) & (top_k < logits.shape[1])
     use_p = top_p < 1
     logits = lax.cond(jnp.any(min_p > 0), lambda x: _min_p(x, min_p), lambda x: x, logits)
-    logits = lax.cond(jnp.any(use_k), lambda x: _top_k(x, top_k, use_k), lambda x: x, logits)
-    return lax.cond(jnp.any(use_p), lambda x: _top_p(x, top_p, use_p), lambda x: x, logits)
+
+    def search(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
+        x = lax.cond(jnp.any(use_k), lambda x: _top_k(x, top_k, use_k), lambda x: x, x)
+        return lax.cond(jnp.any(use_p), lambda x: _top_p(x, top_p, use_p), lambda x: x, x)
+
+    def restrict(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
+        floor, certain = _floor_from_head(x, top_k, top_p, use_k, use_p)
+        return lax.cond(jnp.all(certain), lambda x: jnp.where(x >= floor[:, None], x, -jnp.inf), search, x)
+
+    return lax.cond(jnp.any(use_k | use_p), restrict, lambda x: x, logits)
+
+
+def _floor_from_head(
+    logits: Float[Array, "S V"],
+    top_k: Int[Array, "S"],
+    top_p: Float[Array, "S"],
+    use_k: Bool[Array, "S"],
+    use_p: Bool[Array, "S"],
+) -> tuple[Float[Array, "S"], Bool[Array, "S"]]:
+    """The smallest logit that top-k and top-p keep, and for which rows the best `HEAD` tokens were enough to know."""
+    size = min(HEAD, logits.shape[1])
+    head = lax.top_k(logits, size)[0]
+    kth = jnp.take_along_axis(head, jnp.clip(top_k - 1, 0, size - 1)[:, None], axis=1)
+    floor = jnp.where(use_k[:, None], kth, -jnp.inf)
+    best = jnp.max(head, axis=1, keepdims=True)  # a slice of `head` would make XLA sort the whole row
+    total = jnp.sum(jnp.where(logits >= floor, jnp.exp(logits - best), 0.0), axis=1)
+    weights = jnp.where(head >= floor, jnp.exp(head - best), 0.0)
+    above = (head[:, None, :] > head[:, :, None]).astype(jnp.float32)
+    larger = jnp.einsum("sij,sj->si", above, weights, precision=lax.Precision.HIGHEST)
+    kept = (larger < (top_p * total)[:, None]) | (head == best)
+    nucleus = jnp.min(jnp.where(kept, head, jnp.inf), axis=1)
+    certain = (~use_k | (top_k <= size)) & (~use_p | ~jnp.all(kept, axis=1) | (jnp.min(head, axis=1) < floor[:, 0]))
+    return jnp.where(use_p, jnp.maximum(nucleus, floor[:, 0]), floor[:, 0]), certain
 
 
 def _min_p(logits: Float[Array, "S V"], min_p: Float[Array, "S"]) -> Float[Array, "S V"]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time of these tests
+
 
 @dataclass(frozen=True)
 class Case:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import OP, paged_attention
-from tests.kernels.cases import CASES, Arrays, Case, attention, make
+from tests.kernels.cases import CASES, QUICK, Arrays, Case, attention, make
 
 SCALE = 0.3
 
@@ -15,7 +15,7 @@ def run(case: Case, arrays: Arrays, layer, implementation: str) -> np.ndarray:
     dtype = jnp.dtype(case.dtype)
     inputs = [jnp.asarray(x) for x in (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens)]
 
-    @jax.jit
+    @jax.jit(compiler_options=QUICK)
     def call(q, kv, *rest):
         options = {"scale": SCALE, "window": case.window, "soft_cap": case.soft_cap}
         return paged_attention(q, kv, layer, *rest, **options, implementation=implementation)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import batched, paged_attention
-from tests.kernels.cases import CASES, Case, attention, make
+from tests.kernels.cases import CASES, QUICK, Case, attention, make
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -17,7 +17,7 @@ def test_matches_brute_force(case: Case) -> None:
     q, kv = (jnp.asarray(x, case.dtype) for x in (arrays.q, arrays.kv))
     arrays = dataclasses.replace(arrays, q=np.asarray(q, np.float32), kv=np.asarray(kv, np.float32))
     inputs = [jnp.asarray(x) for x in (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens)]
-    out = jax.jit(batched.paged_attention, static_argnames=("scale", "window", "soft_cap"))(
+    out = jax.jit(batched.paged_attention, static_argnames=("scale", "window", "soft_cap"), compiler_options=QUICK)(
         q, kv, jnp.int32(arrays.layer), *inputs, scale=0.3, window=case.window, soft_cap=case.soft_cap
     )
     expected = attention(arrays, 0.3, case.window, case.soft_cap)

@@ -41,10 +41,12 @@ def check(logits, top_k, top_p, min_p, implementation="xla") -> None:
 
 @pytest.mark.parametrize("implementation", OP.table)
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
-def test_matches_sorting(implementation: str, spread: float):
+@pytest.mark.parametrize("small", [False, True])
+def test_matches_sorting(implementation: str, spread: float, small: bool):
+    """With `small`, every row's set is among its best few tokens, which the reference treats apart."""
     rng = np.random.default_rng(int(spread))
     logits = rng.standard_normal((24, 257)).astype(np.float32) * spread
-    top_k = rng.choice([-1, 0, 1, 2, 7, 100, 256, 257, 1000], 24)
+    top_k = rng.choice([1, 2, 7, 100, 128] if small else [-1, 0, 1, 2, 7, 100, 129, 256, 257, 1000], 24)
     top_p = rng.choice([1.0, 1.5, 0.9137, 0.5211, 0.1, 1e-6], 24)
     min_p = rng.choice([0.0, 0.0, 0.0313, 0.21], 24)
     check(logits, top_k, top_p, min_p, implementation)
