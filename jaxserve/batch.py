@@ -49,8 +49,8 @@ class Bucket:
     def covers(self, other: "Bucket") -> bool:
         """Whether a step that fits `other` can run in this bucket."""
         sizes = zip(self.cost(), other.cost(), strict=True)
-        fits = all(mine >= theirs for mine, theirs in sizes) and self.steps == other.steps
-        return fits and (other.decode_only or not self.decode_only)
+        kind = (self.steps, self.decode_only) == (other.steps, other.decode_only)
+        return kind and all(mine >= theirs for mine, theirs in sizes)
 
     def cost(self) -> tuple[int, int, int, int]:
         """The sizes, most expensive first."""

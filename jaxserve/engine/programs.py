@@ -47,8 +47,6 @@ class Buckets:
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, decode_steps: int, *, accelerator: bool):
         self._steps = decode_steps
         self._max_seqs = max_num_seqs
-        # Skipping the sampler at run time costs a GPU a millisecond a step, a CPU nothing: there one level is enough.
-        self._levels = (Level.GREEDY, Level.SAMPLE) if accelerator else (Level.SAMPLE,)
         powers = _powers(1, max_num_seqs)
         small = powers[1:6:2] if accelerator else []  # 2, 8 and 32 run as 4, 16 and 64
         self._decode = [size for size in powers if size not in small or size == max_num_seqs]
@@ -57,7 +55,6 @@ class Buckets:
 
     def choose(self, tokens: int, seqs: int, level: Level, edits: int, steps: int = 1) -> Bucket:
         """The smallest bucket that holds a step (or `steps` decodes in a row)."""
-        level = max(level, self._levels[0])
         size = 0 if level is Level.GREEDY else max(MIN_EDITS, _next_power(edits))
         if tokens == seqs and level < Level.PROMPT_LOGPROBS:
             s = self._decode[bisect.bisect_left(self._decode, seqs)]
@@ -71,7 +68,7 @@ class Buckets:
 
     def all(self) -> list[Bucket]:
         """Every common bucket, small ones first."""
-        decodes = itertools.product(self._decode, self._levels, {1, self._steps})
+        decodes = itertools.product(self._decode, (Level.GREEDY, Level.SAMPLE), {1, self._steps})
         found = {self.choose(s, s, level, 0, steps) for s, level, steps in decodes}
         return sorted(found | {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens})
 

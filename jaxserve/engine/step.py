@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.batch import Batch, Bucket, Limits, State, advance, unpack
 from jaxserve.models.decoder import CausalLM
-from jaxserve.sampling import Scores, sample, score
+from jaxserve.sampling import Scores, best_token, sample, score
 
 PROMPT_BLOCK = 64  # prompt positions whose logits exist at one time
 
@@ -60,7 +60,7 @@ def _single(model: CausalLM, state: State, batch: Batch, limits: Limits, mode: S
     last_row = jnp.maximum(chunks.cu_q_lens[1:] - 1, 0)
     logits = model.logits(hidden[last_row])
     if batch.sampling is None or batch.edits is None:
-        sampled = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        sampled = best_token(logits)
         results = [sampled]
     else:
         with jax.named_scope("sample"):
