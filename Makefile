@@ -54,7 +54,7 @@ chat: $(DEMO)
 	@$(RUN)/jaxserve chat $(ARGS)
 
 test: $(DEV)
-	@$(RUN)/python -m pytest -n 2 $(ARGS)
+	@$(RUN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(DEV)
 	$(RUN)/ruff check

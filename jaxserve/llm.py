@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from jaxserve.beam_search import BeamSearchOutput, beam_search
 from jaxserve.config import EngineArgs
@@ -214,8 +213,8 @@ class LLM:
             self.llm_engine, _as_list(prompts), params, use_tqdm=use_tqdm, concurrency_limit=concurrency_limit
         )  # fmt: skip
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The transformers tokenizer.
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, a `transformers.PreTrainedTokenizerFast`; transformers is loaded with it, not before.
 
         Raises:
             ValueError: the engine was built with `skip_tokenizer_init=True`.

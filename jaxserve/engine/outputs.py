@@ -6,10 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxserve.engine.metrics import Metrics
-from jaxserve.engine.results import Results
+from jaxserve.engine.results import HostScores, Results
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.repetition import detect_repetition
-from jaxserve.sampling import Scores
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Detokenizer, Tokenizer
 from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request, RequestOutput, Sequence, Work
@@ -81,9 +80,8 @@ class RequestRecord:
         self.request = request
         self.continuations = [Continuation(sequence, tokenizer) for sequence in sequences]
         self.prompt_ids: list[int] = request.prompt_token_ids.tolist()
-        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
-        if request.params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * len(self.prompt_ids)
+        wanted = request.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = [None for _ in self.prompt_ids] if wanted else None
         self.error: str | None = None
 
     @property
@@ -176,7 +174,7 @@ class OutputProcessor:
         stats.last_token_ts = now
         metrics.generation_tokens += new
 
-    def _add_logprobs(self, work: Work, scores: Scores, gained: list[Sequence]) -> None:
+    def _add_logprobs(self, work: Work, scores: HostScores, gained: list[Sequence]) -> None:
         wanted = {id(sequence) for sequence in gained if sequence.params.logprobs is not None}
         if not wanted:
             return
@@ -190,7 +188,7 @@ class OutputProcessor:
                 continuation.logprobs.append(entry)
                 continuation.cumulative_logprob += entry[token].logprob
 
-    def _add_prompt_logprobs(self, work: Work, scores: Scores) -> None:
+    def _add_prompt_logprobs(self, work: Work, scores: HostScores) -> None:
         """Token `t` of a chunk scores the prompt token after it; all children of a request compute the same."""
         ends = np.cumsum(work.num_tokens)
         for row, sequence in enumerate(work.sequences):
@@ -204,9 +202,9 @@ class OutputProcessor:
                 count = sequence.params.prompt_logprobs or 0
                 record.prompt_logprobs[position + 1] = self._entry(scores, first + position - start, token, count)
 
-    def _entry(self, scores: Scores, row: int, token: int, count: int) -> PositionLogprobs:
+    def _entry(self, scores: HostScores, row: int, token: int, count: int) -> PositionLogprobs:
         """The token itself first, then the `count` most likely ones (-1: all that were computed)."""
-        top_ids, top_values = np.asarray(scores.top_ids)[row], np.asarray(scores.top_values)[row]
+        top_ids, top_values = scores.top_ids[row], scores.top_values[row]
         count = len(top_ids) if count < 0 else count
         entry = {token: Logprob(float(scores.value[row]), int(scores.rank[row]), self._token_text(token))}
         best = zip(top_ids[:count].tolist(), top_values[:count].tolist(), strict=True)

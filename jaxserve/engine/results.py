@@ -1,11 +1,21 @@
 """Reading a step's packed results on the host."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxserve.batch import Bucket, Level, Limits
-from jaxserve.sampling import Scores
+
+
+class HostScores(NamedTuple):
+    """`jaxserve.sampling.Scores` on the host: of `R` positions, for the token itself and the `k` best."""
+
+    value: Float[np.ndarray, "R"]
+    rank: Int[np.ndarray, "R"]  # from 1
+    top_ids: Int[np.ndarray, "R k"]
+    top_values: Float[np.ndarray, "R k"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +23,8 @@ class Results:
     """A step's results on the host: sampled ids `[steps, S]`, scores of the rows and of the prompt if computed."""
 
     tokens: np.ndarray
-    rows: Scores | None
-    prompt: Scores | None
+    rows: HostScores | None
+    prompt: HostScores | None
 
     @classmethod
     def read(cls, packed: np.ndarray, bucket: Bucket, limits: Limits) -> "Results":
@@ -31,9 +41,9 @@ class Results:
         return cls(tokens, rows, prompt)
 
 
-def _read_scores(packed: np.ndarray, rows: int, k: int) -> tuple[Scores, np.ndarray]:
+def _read_scores(packed: np.ndarray, rows: int, k: int) -> tuple[HostScores, np.ndarray]:
     value, rank, top_ids, top_values, rest = np.split(packed, np.cumsum([rows, rows, rows * k, rows * k]))
-    scores = Scores(
+    scores = HostScores(
         value.view(np.float32), rank, top_ids.reshape(rows, k), top_values.view(np.float32).reshape(rows, k)
     )  # fmt: skip
     return scores, rest

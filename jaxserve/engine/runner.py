@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,14 @@ class Runner:
     `config` is the one given, with the context shortened if the memory plan had to.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, device: jax.Device, *, threads: int):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+        *,
+        threads: int,
+    ) -> None:
         self.config = config
         self._loaded = loaded
         self._device = device
@@ -100,7 +108,7 @@ class Runner:
         shape = KVCache.shape(model.num_layers, plan.num_pages, model.num_kv_heads, plan.page_size, model.head_dim)
         sharding = jax.sharding.SingleDeviceSharding(self._device)
 
-        def array(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
+        def array(shape: tuple[int, ...], dtype: np.dtype) -> Any:  # stands where State wants an array
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         return State(

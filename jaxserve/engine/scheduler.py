@@ -6,79 +6,15 @@ counts a token as soon as the step that samples it is planned (`Sequence.num_pen
 Device steps run in order, so pages and slots can change hands as soon as the host decides so.
 """
 
-import heapq
-import itertools
 import time
 from bisect import insort
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxserve.engine.pages import Pages, extend_hashes
+from jaxserve.engine.queues import StepRows, WaitingQueue
 from jaxserve.types import Sequence, Status, Work
-
-
-class _Waiting:
-    """Sequences that wait, in order: by ticket (fcfs), or by priority, arrival and then ticket."""
-
-    def __init__(self, by_priority: bool) -> None:
-        self._by_priority = by_priority
-        self._heap: list[tuple[Any, ...]] = []  # (priority, arrival, ticket, sequence); tickets are unique
-        self._tail = itertools.count()
-        self._head = itertools.count(-1, -1)
-        self._num_left = 0  # entries that left from the middle and are still in the heap
-
-    def __len__(self) -> int:
-        return len(self._heap) - self._num_left
-
-    def push(self, seq: Sequence, first: bool = False) -> None:
-        """Add a sequence, behind its equals or, with `first`, in front of them."""
-        ticket = next(self._head if first else self._tail)
-        request = seq.request
-        order = (request.priority, request.arrival_time) if self._by_priority else (0, 0.0)
-        heapq.heappush(self._heap, (*order, ticket, seq))
-
-    def peek(self) -> Sequence | None:
-        """The first sequence, or None."""
-        while self._heap and self._heap[0][-1].finished:
-            heapq.heappop(self._heap)
-            self._num_left -= 1
-        return self._heap[0][-1] if self._heap else None
-
-    def pop(self) -> None:
-        """Remove what `peek` returned."""
-        heapq.heappop(self._heap)
-
-    def forget(self) -> None:
-        """Note that one of the sequences has just been marked as finished; its entry goes later."""
-        self._num_left += 1
-        if self._num_left > len(self) + 64:
-            self._heap = [entry for entry in self._heap if not entry[-1].finished]
-            heapq.heapify(self._heap)
-            self._num_left = 0
-
-    def all(self) -> list[Sequence]:
-        """Every sequence, in no particular order."""
-        return [entry[-1] for entry in self._heap if not entry[-1].finished]
-
-
-class _Rows:
-    """A step under construction."""
-
-    def __init__(self) -> None:
-        self.sequences: list[Sequence] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.samples: list[bool] = []
-        self.steps = 1
-
-    def work(self, page_table: np.ndarray) -> Work | None:
-        if not self.sequences:
-            return None
-        slots = np.array([seq.slot for seq in self.sequences], np.int32)
-        starts, counts = np.array(self.starts, np.int32), np.array(self.counts, np.int32)
-        return Work(self.sequences, slots, starts, counts, np.array(self.samples, np.bool_), page_table, self.steps)
 
 
 class Scheduler:
@@ -136,7 +72,7 @@ class Scheduler:
         self._chunked = enable_chunked_prefill
         self._by_priority = policy == "priority"
         self._decode_steps = decode_steps
-        self._waiting = _Waiting(self._by_priority)
+        self._waiting = WaitingQueue(self._by_priority)
         # In the order of admission or of priority; either way the last one is the next victim of preemption.
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -203,7 +139,7 @@ class Scheduler:
         The lengths advance as if the step had run. With None while sequences are unfinished, either they wait for a
         step in flight to be committed, or all have just failed (`take_failed`).
         """
-        rows = _Rows()
+        rows = StepRows()
         if self._schedule_several(rows):
             return rows.work(self.page_table)
         preemptions = self.num_preemptions
@@ -239,7 +175,7 @@ class Scheduler:
                 self.finish(seq, "length")
         return gained
 
-    def _schedule_several(self, rows: _Rows) -> bool:
+    def _schedule_several(self, rows: StepRows) -> bool:
         """Plan several decodes of every running sequence at once, if that delays nobody; False if it would.
 
         A sequence that ends before the others computes on; `commit` drops what it samples.
@@ -267,7 +203,7 @@ class Scheduler:
             seq.num_pending += count - 1
         return True
 
-    def _schedule_running(self, rows: _Rows) -> int:
+    def _schedule_running(self, rows: StepRows) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""
         budget, page_size = self._budget, self.pages.page_size
         for seq in self._running:  # preemption shortens the list at its end only, which this loop allows for
@@ -286,7 +222,7 @@ class Scheduler:
             self._plan(rows, seq, start, count, start + count == length)
         return budget
 
-    def _schedule_waiting(self, rows: _Rows, budget: int) -> None:
+    def _schedule_waiting(self, rows: StepRows, budget: int) -> None:
         """Admit waiting sequences in order while budget, slots and pages last."""
         while budget and self._free_slots:
             seq = self._waiting.peek()
@@ -308,7 +244,7 @@ class Scheduler:
             else:  # every page is free, yet they are too few
                 self._fail(seq)
 
-    def _plan(self, rows: _Rows, seq: Sequence, start: int, count: int, samples: bool) -> None:
+    def _plan(self, rows: StepRows, seq: Sequence, start: int, count: int, samples: bool) -> None:
         """Add a row to the step and count it as computed."""
         rows.sequences.append(seq)
         rows.starts.append(start)
@@ -320,9 +256,15 @@ class Scheduler:
         if count > 1:  # a decode's page is registered when it takes the next one
             self._register(seq)
 
+    def _reads_cache(self, seq: Sequence) -> bool:
+        """Whether cached pages may serve its prefix; scores of prompt tokens need them computed."""
+        params = seq.request.params
+        skips = params.skip_reading_prefix_cache or params.prompt_logprobs is not None
+        return self.pages.enable_prefix_caching and not skips
+
     def _find_cached(self, seq: Sequence) -> list[int]:
         """Cached pages of its prefix; never all of it, since the last token's logits must be computed."""
-        if not self.pages.enable_prefix_caching or seq.request.params.prompt_logprobs is not None:
+        if not self._reads_cache(seq):
             return []
         self._extend_hashes(seq)
         return self.pages.lookup(seq.page_hashes[: (seq.num_tokens - 1) // self.pages.page_size])
@@ -338,7 +280,7 @@ class Scheduler:
         if not seq.num_preemptions:
             seq.num_cached = seq.num_computed
             seq.stats.scheduled_ts = time.monotonic()
-            if pages.enable_prefix_caching and seq.request.params.prompt_logprobs is None:
+            if self._reads_cache(seq):
                 pages.queried_tokens += seq.num_tokens
                 pages.hit_tokens += seq.num_cached
         seq.slot = self._free_slots.pop()

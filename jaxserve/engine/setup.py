@@ -95,7 +95,7 @@ def use_compilation_cache(folder: Path | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _total_memory(device: jax.Device, fraction: float) -> int | None:
+def _total_memory(device: jax.Device, fraction: float) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
     """Bytes of the device, from what the allocator may take of it."""
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     return None if limit is None else int(limit / fraction)

@@ -136,7 +136,7 @@ def _attend(
 
     nothing = jnp.zeros(rows * group, jnp.float32)
     start = (nothing - jnp.inf, nothing, jnp.zeros_like(flat))
-    _, total, mixed = lax.fori_loop(*bounds, add, start)
+    _, total, mixed = lax.fori_loop(bounds[0], bounds[1], add, start)
     return (mixed / jnp.where(total > 0, total, 1.0)[:, None]).reshape(queries.shape)
 
 

@@ -263,11 +263,11 @@ def test_step_api_streams_deltas_and_aborts(llm: LLM, alone: dict[str, list]) ->
 def test_async_generation_cancellation_and_shutdown(
     tiny_model: Path, compilation_cache: str, alone: dict[str, list]
 ) -> None:
-    args = dict(
-        load_format="dummy", skip_tokenizer_init=True, max_model_len=96, max_num_seqs=8, max_num_batched_tokens=64,
-        block_size=4, compilation_cache_dir=compilation_cache, warmup="none",
+    args = EngineArgs(
+        str(tiny_model), load_format="dummy", skip_tokenizer_init=True, max_model_len=96, max_num_seqs=8,
+        max_num_batched_tokens=64, block_size=4, compilation_cache_dir=compilation_cache, warmup="none",
     )  # fmt: skip
-    engine = AsyncLLMEngine.from_engine_args(EngineArgs(str(tiny_model), **args))
+    engine = AsyncLLMEngine.from_engine_args(args)
 
     async def collect(prompt: list[int], request_id: str) -> list[int]:
         last = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +215,7 @@ def test_packed_fields_do_not_overlap_and_cover_the_buffer() -> None:
     bucket = Bucket(32, 8, Level.PROMPT_LOGPROBS, 16)
     places = [place for place, _ in layout(bucket, LIMITS).values()]
     assert places[0].start == 0
-    assert all(first.stop == second.start for first, second in zip(places, places[1:], strict=False))
+    assert all(first.stop == second.start for first, second in pairwise(places))
 
 
 def test_unpack_gives_positions_and_places() -> None:

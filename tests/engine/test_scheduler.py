@@ -298,12 +298,14 @@ def test_other_cache_keys_find_nothing(keys):
     assert (other.num_cached, same.num_cached) == (0, 4)
 
 
-def test_prompt_logprobs_compute_the_whole_prompt_but_leave_it_to_others():
+@pytest.mark.parametrize("params", [{"prompt_logprobs": 0}, {"skip_reading_prefix_cache": True}])
+def test_some_compute_the_whole_prompt_but_leave_it_to_others(params):
     engine = Engine()
     for _ in range(2):
-        seq = engine.add(make_sequence(range(8), 1, prompt_logprobs=0))
+        seq = engine.add(make_sequence(range(8), 1, **params))
         engine.drain_without_reset()
         assert seq.num_cached == 0
+    assert engine.pages.queried_tokens == 0
     plain = engine.add(make_sequence(range(8), 1))
     engine.drain()
     assert plain.num_cached == 4

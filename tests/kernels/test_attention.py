@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, QUICK, Arrays, Case, attention, make
 
 from pallas_kernels.attention import OP, paged_attention
-from tests.kernels.cases import CASES, QUICK, Arrays, Case, attention, make
 
 SCALE = 0.3
 

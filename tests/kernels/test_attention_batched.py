@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, QUICK, Case, attention, make
 
 from pallas_kernels.attention import batched, paged_attention
-from tests.kernels.cases import CASES, QUICK, Case, attention, make
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import QUICK
 
 from pallas_kernels.attention import paged_attention
 from pallas_kernels.kv_write import OP, write_kv
-from tests.kernels.cases import QUICK
 
 SHAPE = (3, 7, 2, 3, 4, 8)  # L pages 2 K p H
 

@@ -22,7 +22,7 @@ def download(monkeypatch):
         return fake.result
 
     fake.calls = calls
-    monkeypatch.setattr(hub, "snapshot_download", fake)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
     return fake
 
 
