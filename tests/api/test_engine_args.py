@@ -51,7 +51,7 @@ VLLM_DEFAULTS = {
     "scheduling_policy": "fcfs",
     "disable_log_stats": False,
 }
-OWN_DEFAULTS = {"warmup": None, "compilation_cache_dir": None}
+OWN_DEFAULTS = {"decode_steps": None, "warmup": None, "compilation_cache_dir": None}
 
 ACCEPTED = [
     ("max_model_len", "32k", 32_000),
