@@ -56,20 +56,28 @@ class Device:
         self.slots = np.full(num_slots, -1)
 
     def run(self, work: Work, truth) -> np.ndarray:
-        """Write all rows' tokens, then read every row's history back and compare it; returns the sampled tokens."""
+        """Write all rows' tokens, then read every row's history back and compare it; returns tokens `[steps, S]`.
+
+        Decodes in a row start where the one before ended; a row never writes past its pages.
+        """
+        counts = work.num_tokens if work.steps == 1 else np.ones(len(work.sequences), np.int32)
+        return np.stack([self._run_once(work, work.starts + step, counts, truth) for step in range(work.steps)])
+
+    def _run_once(self, work: Work, starts: np.ndarray, counts: np.ndarray, truth) -> np.ndarray:
         page_size = self.pages.shape[1]
         table = work.page_table.copy()
-        ends = work.starts + work.num_tokens
-        for seq, slot, start, end in zip(work.sequences, work.slots, work.starts, ends, strict=True):
-            for position in range(start, end):
+        ends = starts + counts
+        for seq, slot, start, end in zip(work.sequences, work.slots, starts, ends, strict=True):
+            for position in range(start, min(end, len(seq.pages) * page_size)):
                 known = position < seq.num_tokens
                 token = int(seq.tokens[position] if known else self.slots[slot])
                 assert known or position == end - 1
                 self.pages[table[slot, position // page_size], position % page_size] = token + stamp(seq)
         sampled = np.full(len(work.sequences), VOCAB + 99, np.int64)
         for row, (seq, slot, end) in enumerate(zip(work.sequences, work.slots, ends, strict=True)):
-            history = self.pages[table[slot]].reshape(-1)[:end] - stamp(seq)
-            assert history.tolist() == truth(seq, end), f"{seq.request.request_id} reads a wrong history at slot {slot}"
+            if end < len(seq.tokens):  # past its limit a row computes what nobody reads
+                history = self.pages[table[slot]].reshape(-1)[:end] - stamp(seq)
+                assert history.tolist() == truth(seq, end), f"{seq.request.request_id}: wrong history at slot {slot}"
             if work.samples[row]:
                 sampled[row] = self.slots[slot] = next_token(seq, end)
         return sampled
@@ -87,6 +95,7 @@ class Engine:
         self.in_flight: deque[tuple[Work, np.ndarray]] = deque()
         self.sequences: list[Sequence] = []
         self.ended: dict[Sequence, int] = {}
+        self.several = 0  # steps that held more than one decode a row
         self._true: dict[Sequence, list[int]] = {}
 
     def add(self, seq: Sequence) -> Sequence:
@@ -117,14 +126,17 @@ class Engine:
         if not self.in_flight:
             return []
         work, sampled = self.in_flight.popleft()
-        before = {seq: (seq.num_tokens, seq.finished) for seq in work.sequences}
-        gained = self.scheduler.commit(work, sampled)
-        for seq in gained:
-            assert before[seq] == (seq.num_tokens - 1, False)
-        assert all(seq in gained or before[seq] == (seq.num_tokens, seq.finished) for seq in work.sequences)
-        self._end([seq for seq in gained if seq.finished])
+        everyone: list[Sequence] = []
+        for tokens in sampled:
+            before = {seq: (seq.num_tokens, seq.finished) for seq in work.sequences}
+            gained = self.scheduler.commit(work, tokens)
+            for seq in gained:
+                assert before[seq] == (seq.num_tokens - 1, False)
+            assert all(seq in gained or before[seq] == (seq.num_tokens, seq.finished) for seq in work.sequences)
+            self._end([seq for seq in gained if seq.finished])
+            everyone += [seq for seq in gained if seq not in everyone]
         self.check()
-        return gained
+        return everyone
 
     def step(self) -> Work | None:
         """One turn of the engine's loop: start a step, then finish the one before."""
@@ -167,6 +179,15 @@ class Engine:
         assert len(set(work.sequences)) == len(work.sequences) <= len(options.page_table)
         assert (work.num_tokens >= 1).all()
         assert [seq.slot for seq in work.sequences] == work.slots.tolist()
+        if work.steps > 1:
+            self.several += 1
+            assert (work.num_tokens == 1).all()
+            assert work.samples.all()
+            for seq, start in zip(work.sequences, work.starts.tolist(), strict=True):
+                assert not seq.needs_host
+                assert start < seq.num_computed <= min(start + work.steps, len(seq.pages) * self.pages.page_size)
+                assert seq.num_computed == seq.length - 1
+            return
         ends = (work.starts + work.num_tokens).tolist()
         assert ends == [seq.num_computed for seq in work.sequences]
         lengths = [seq.length - bool(samples) for seq, samples in zip(work.sequences, work.samples, strict=True)]

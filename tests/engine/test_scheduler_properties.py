@@ -24,6 +24,7 @@ def engines(draw):
         enable_chunked_prefill=chunked,
         max_num_batched_tokens=draw(st.integers(1, 24)) if chunked else MAX_MODEL_LEN,
         long_prefill_token_threshold=draw(st.integers(0, 6)) if chunked else 0,
+        decode_steps=draw(st.sampled_from([1, 1, 2, 3, 8])),
     )
 
 
@@ -35,6 +36,7 @@ ADD = st.fixed_dictionaries(
         "index": st.integers(0, 1),
         "priority": st.integers(-1, 1),
         "stops": st.booleans(),
+        "needs_host": st.sampled_from([False, False, False, True]),
         "min_tokens": st.integers(0, 3),
         "keys": st.sampled_from([{}, {}, {}, {"salt": b"x"}, {"adapter": b"x"}]),
         "prompt_logprobs": st.sampled_from([None, None, None, None, 0]),
@@ -50,11 +52,13 @@ EVENTS = st.one_of(
 )
 
 
-def add(engine: Engine, family, length, max_tokens, min_tokens, **options) -> None:
+def add(engine: Engine, family, length, max_tokens, min_tokens, needs_host, **options) -> None:
     number = len(engine.sequences)
     prompt = [family, *range(2, length + 1)]
     options |= {"min_tokens": min(min_tokens, max_tokens), "name": f"r{number}", "arrival": float(number // 2)}
-    engine.add(make_sequence(prompt, max_tokens, **options))
+    seq = make_sequence(prompt, max_tokens, **options)
+    seq.needs_host = needs_host
+    engine.add(seq)
 
 
 def happen(engine: Engine, what) -> None:
@@ -89,6 +93,7 @@ def live(engine: Engine, requests, events) -> None:
 def note(engine: Engine) -> None:
     """Count what happened, for `--hypothesis-show-statistics`."""
     event(f"preempted: {engine.scheduler.num_preemptions > 0}")
+    event(f"several decodes at once: {engine.several > 0}")
     event(f"found in the cache: {engine.pages.hit_tokens > 0}")
     event(f"sequences: {len(engine.sequences) // 5 * 5} and more")
     for reason in sorted({str(seq.finish_reason) for seq in engine.sequences}):
