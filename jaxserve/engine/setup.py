@@ -1,5 +1,6 @@
 """From arguments to a ready engine: files, configuration, tokenizer, weights and programs."""
 
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ def build_parts(args: EngineArgs) -> Parts:
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
     """
+    show_messages()
     path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
     hf_config = merge_overrides(read_hf_config(path), args.hf_overrides)
     set_memory_fraction(args.gpu_memory_utilization)
@@ -78,6 +80,16 @@ def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:
         token=args.hf_token,
         chat_template=args.chat_template,
     )
+
+
+def show_messages() -> None:
+    """Show the engine's messages (memory plan, compilations) on stderr, unless the program has set up logging."""
+    logger = logging.getLogger("jaxserve")
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def set_memory_fraction(fraction: float) -> None:
