@@ -69,7 +69,6 @@ class Limits:
     pages_per_seq: int
     page_size: int
     num_pages: int
-    vocab_size: int
     max_logprobs: int  # entries returned per position, at most V
 
 

@@ -176,7 +176,7 @@ class LLMEngine:
         gauges = {
             "num_requests_running": self.scheduler.num_running,
             "num_requests_waiting": self.scheduler.num_waiting,
-            "kv_cache_usage_perc": 1 - pages.num_free / pages.num_pages,
+            "kv_cache_usage_perc": pages.usage,
             "compilation_seconds": compiled.seconds,
         }
         counters = {

@@ -100,14 +100,12 @@ class Programs:
         abstract_state: State,
         *,
         threads: int,
-        options: dict[str, bool | int | str] | None = None,
     ):
         self._merge = merge
         self._leaves = leaves
         self._limits = limits
         self._mode = mode
         self._abstract_state = abstract_state
-        self._options = options
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         self._programs: dict[Bucket, Future] = {}
         self._lock = threading.RLock()  # re-entrant: cancelling a future runs its callbacks
@@ -124,7 +122,7 @@ class Programs:
         )
         buffer = jax.ShapeDtypeStruct((packed_size(bucket, self._limits),), jnp.int32)
         lowered = jax.jit(program, donate_argnums=1).lower(abstract_leaves, self._abstract_state, buffer)
-        compiled = lowered.compile(self._options)
+        compiled = lowered.compile()
         self._count(bucket, time.perf_counter() - start)
         return compiled
 

@@ -99,7 +99,6 @@ class Runner:
             pages_per_seq=-(-self.config.max_model_len // plan.page_size),
             page_size=plan.page_size,
             num_pages=plan.num_pages,
-            vocab_size=vocab,
             max_logprobs=vocab if most < 0 else min(most, vocab),
         )
 

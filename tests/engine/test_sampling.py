@@ -29,7 +29,7 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.types import LogitEdits, Request, Sequence, Work
 
 VOCAB, PAGE, PAGES, SLOTS = 13, 4, 40, 8
-LIMITS = Limits(SLOTS, pages_per_seq=8, page_size=PAGE, num_pages=PAGES, vocab_size=VOCAB, max_logprobs=4)
+LIMITS = Limits(SLOTS, pages_per_seq=8, page_size=PAGE, num_pages=PAGES, max_logprobs=4)
 
 
 def make_sequence(rng, params: SamplingParams, prompt: list[int], output: list[int], slot: int, edits=None) -> Sequence:
