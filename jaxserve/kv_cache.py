@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import paged_attention
 from pallas_kernels.kv_write import write_kv
 
+Index = int | Int[Array, ""]  # of a layer in the stacked cache, static or traced
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -53,14 +55,14 @@ class KVCache:
     def page_size(self) -> int:
         return self.kv.shape[4]
 
-    def write(self, layer: int, k: Float[Array, "T K H"], v: Float[Array, "T K H"], chunks: Chunks) -> "KVCache":
+    def write(self, layer: Index, k: Float[Array, "T K H"], v: Float[Array, "T K H"], chunks: Chunks) -> "KVCache":
         """Store the step's keys and values of one layer, cast to the cache's dtype."""
         dtype = self.kv.dtype
         return KVCache(write_kv(self.kv, layer, k.astype(dtype), v.astype(dtype), chunks.pages, chunks.offsets))
 
     def attend(
         self,
-        layer: int,
+        layer: Index,
         q: Float[Array, "T N H"],
         chunks: Chunks,
         *,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxserve.kv_cache import Chunks, KVCache
+from jaxserve.kv_cache import Chunks, Index, KVCache
 from jaxserve.layers.linear import Linear
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import Tables, apply_rope
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         self.soft_cap = soft_cap
 
     def __call__(
-        self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: int
+        self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
     ) -> tuple[Float[Array, "T D"], KVCache]:
         with jax.named_scope("attention"):
             qkv = self.qkv(x)  # [T, K, G + 2, H]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxserve.kv_cache import Chunks, KVCache
+from jaxserve.kv_cache import Chunks, Index, KVCache
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.embedding import Embedding
 from jaxserve.layers.linear import Linear
@@ -62,7 +62,7 @@ class PreNormBlock(nnx.Module):
         self.mlp_norm = make_norm(config, dtype)
         self.mlp = make_mlp(config, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: int) -> Step:
+    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index) -> Step:
         attended, cache = self.attention(self.attention_norm(x), rope, chunks, cache, layer)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -79,10 +79,27 @@ class SandwichBlock(nnx.Module):
         self.mlp = make_mlp(config, dtype, rngs)
         self.post_mlp_norm = make_norm(config, dtype)
 
-    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: int) -> Step:
+    def __call__(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index) -> Step:
         attended, cache = self.attention(self.attention_norm(x), rope, chunks, cache, layer)
         x = x + self.post_attention_norm(attended)
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x))), cache
+
+
+@jax.jit
+def run_block(
+    block: PreNormBlock | SandwichBlock,
+    x: Float[Array, "T D"],
+    rope: Tables,
+    chunks: Chunks,
+    cache: KVCache,
+    layer: Index,
+) -> Step:
+    """One layer. Under `jit` all layers of one kind are traced and lowered once; XLA then inlines each call.
+
+    That makes the Python side of a program of 36 layers ten times shorter (0.3 s instead of 3 s), which matters since
+    the threads that compile an engine's programs share one interpreter.
+    """
+    return block(x, rope, chunks, cache, layer)
 
 
 class CausalLM(nnx.Module):
@@ -118,7 +135,7 @@ class CausalLM(nnx.Module):
             tables = {rope: rope.tables(chunks.positions) for rope in {config.rope_of(t) for t in config.layer_types}}
         for i, (layer, layer_type) in enumerate(zip(self.layers, config.layer_types, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, tables[config.rope_of(layer_type)], chunks, cache, i)
+                x, cache = run_block(layer, x, tables[config.rope_of(layer_type)], chunks, cache, jnp.int32(i))
         with jax.named_scope("final_norm"):
             return self.norm(x), cache
 
