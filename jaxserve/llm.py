@@ -186,13 +186,14 @@ class LLM:
         waiting = {item.request_id for item in queued} - done.keys()
         bar = _Progress(len(queued), len(done)) if use_tqdm else None
         try:
-            while waiting - done.keys():
+            while waiting:
                 for output in self.llm_engine.step():
                     done[output.request_id] = output
+                    waiting.discard(output.request_id)
                     if bar is not None:
                         bar.add(output)
         finally:
-            self.llm_engine.abort_request(waiting - done.keys())
+            self.llm_engine.abort_request(waiting)
             if bar is not None:
                 bar.close()
         return [done[item.request_id] for item in queued]

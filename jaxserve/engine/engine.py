@@ -1,6 +1,5 @@
 """The engine: requests in, one step at a time, outputs out."""
 
-import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -46,7 +45,7 @@ class LLMEngine:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             decode_steps=config.decode_steps,
         )
-        self._metrics = Metrics()
+        self._metrics = Metrics() if config.log_stats else None
         self._outputs = OutputProcessor(parts.tokenizer, self.scheduler, self._metrics)
         self._inflight: InFlight | None = None
         self._seeds = np.random.default_rng(config.seed)
@@ -127,12 +126,8 @@ class LLMEngine:
         outputs = self._failed()
         if previous is not None:
             results = previous.results()
-            rows = len(previous.work.sequences)
-            committed = [self.scheduler.commit(previous.work, tokens[:rows]) for tokens in results.tokens]
-            gained = list(dict.fromkeys(itertools.chain(*committed)))
+            gained = self.scheduler.commit(previous.work, results.tokens)
             outputs += self._outputs.process(previous.work, results, gained)
-            self._metrics.steps += 1
-            self._metrics.step_tokens.observe(previous.work.total_tokens)
         return outputs
 
     def _failed(self) -> list[RequestOutput]:
@@ -170,7 +165,7 @@ class LLMEngine:
         Raises:
             ValueError: statistics were switched off with `disable_log_stats=True`.
         """
-        if not self.config.log_stats:
+        if self._metrics is None:
             raise ValueError("get_metrics needs statistics; do not set disable_log_stats=True.")
         pages, compiled = self.scheduler.pages, self.runner.programs.counts
         gauges = {

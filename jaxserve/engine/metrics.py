@@ -1,8 +1,10 @@
 """What the engine counts, and the snapshot `get_metrics` returns."""
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from jaxserve.types import Sequence, Work
 
 PREFIX = "jaxserve:"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -83,9 +85,37 @@ class Metrics:
         self.queue_time = Distribution(SECONDS)
         self.step_tokens = Distribution(TOKENS)
 
-    def finish(self, reason: str) -> None:
-        """Count one ended request."""
+    def step(self, work: Work, gained: Iterable[Sequence], now: float) -> None:
+        """Count a finished step, several where decodes ran in a row, and note when each sequence got its tokens.
+
+        Sequences that got their last tokens together have equal gaps, which are counted together.
+        """
+        self.steps += work.steps
+        self.step_tokens.observe(work.total_tokens, work.steps)
+        gaps: dict[tuple[float, int], int] = {}
+        for sequence in gained:
+            stats = sequence.stats
+            total = sequence.num_tokens - sequence.num_prompt
+            new = total - stats.num_generation_tokens
+            if new < total:
+                key = (stats.last_token_ts, new)
+                gaps[key] = gaps.get(key, 0) + new
+            else:
+                stats.first_token_ts = now
+                self.prompt_tokens += sequence.num_prompt
+                self.time_to_first_token.observe(now - stats.queued_ts)
+                self.queue_time.observe(stats.scheduled_ts - stats.queued_ts)
+            stats.num_generation_tokens = total
+            stats.last_token_ts = now
+            self.generation_tokens += new
+        for (last, new), times in gaps.items():
+            self.inter_token_latency.observe((now - last) / new, times)
+
+    def finish(self, sequence: Sequence, now: float) -> None:
+        """Count one ended request, by its first sequence."""
+        reason = sequence.finish_reason or "error"
         self.finished[reason] = self.finished.get(reason, 0) + 1
+        self.e2e_latency.observe(now - sequence.stats.queued_ts)
 
     def snapshot(self, gauges: Mapping[str, float | int], counters: Mapping[str, int]) -> list[Metric]:
         """Everything, with the values other parts of the engine keep themselves."""

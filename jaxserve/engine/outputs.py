@@ -1,7 +1,6 @@
 """From sampled tokens to what callers see: text, stop strings, log-probabilities, finished requests. Host only."""
 
 import time
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from jaxserve.engine.scheduler import Scheduler
 from jaxserve.repetition import detect_repetition
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Detokenizer, Tokenizer
-from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request, RequestOutput, Sequence, Work
+from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request, RequestOutput, Sequence, Status, Work
 
 
 def needs_host(request: Request) -> bool:
@@ -25,117 +24,143 @@ def needs_host(request: Request) -> bool:
 class Continuation:
     """One sequence and the text and log-probabilities made from its tokens so far."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
+    def __init__(self, sequence: Sequence, record: "RequestRecord", tokenizer: Tokenizer | None):
         params = sequence.params
         self.sequence = sequence
+        self.record = record
+        self.watched = bool(params.stop) or params.repetition_detection is not None  # its text or tokens may end it
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer: Detokenizer | None = None
-        self._num_decoded = 0  # output tokens given to the detokenizer
-        self._num_shown = 0  # output tokens and characters in earlier DELTA outputs
-        self._text_shown = 0
+        self._num_decoded = sequence.num_prompt  # tokens given to the detokenizer
+        self._num_shown = sequence.num_prompt  # tokens in earlier DELTA outputs
         self.logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
 
     def decode(self) -> str | None:
         """Give new tokens to the detokenizer; the stop string they complete, if any."""
-        sequence, tokenizer = self.sequence, self._tokenizer
-        if tokenizer is None:
+        sequence = self.sequence
+        if self._tokenizer is None or self._num_decoded == sequence.num_tokens:
             return None
-        if self._detokenizer is None:
-            self._detokenizer = Detokenizer(tokenizer, sequence.request.prompt_token_ids, sequence.params)
-        new = sequence.output_ids[self._num_decoded :]
+        return self._decode(sequence.tokens[self._num_decoded : sequence.num_tokens].tolist(), self._tokenizer)
+
+    def _decode(self, new: list[int], tokenizer: Tokenizer) -> str | None:
+        sequence, detokenizer = self.sequence, self._detokenizer
+        if detokenizer is None:
+            detokenizer = Detokenizer(tokenizer, sequence.request.prompt_token_ids, sequence.params)
+            self._detokenizer = detokenizer
         self._num_decoded += len(new)
-        ended = sequence.finish_reason == "stop"
-        return self._detokenizer.update(new, stop_token=ended) if len(new) else None
+        return detokenizer.update(new, sequence.finish_reason == "stop")
 
-    def _text(self) -> str:
-        self.decode()
-        return "" if self._detokenizer is None else self._detokenizer.text(finished=self.sequence.finished)
-
-    def output(self, kind: RequestOutputKind) -> CompletionOutput:
-        """What has been produced: everything, or for DELTA what the last output did not hold."""
-        text, token_ids, logprobs = self._text(), self.sequence.output_ids.tolist(), self.logprobs
-        if kind is RequestOutputKind.DELTA:
-            shown, start = len(token_ids), self._num_shown
-            text, self._text_shown = text[self._text_shown :], len(text)
-            token_ids, self._num_shown = token_ids[start:], shown
-            logprobs = None if logprobs is None else logprobs[start:]
-        elif logprobs is not None:
-            logprobs = list(logprobs)
+    def delta(self) -> CompletionOutput:
+        """What the last output did not hold. Its cost does not depend on how much there was before."""
+        sequence, logprobs = self.sequence, self.logprobs
+        start, self._num_shown = self._num_shown, sequence.num_tokens
+        new = sequence.tokens[start : self._num_shown].tolist()
+        if self._tokenizer is not None and new and self._num_decoded == start:
+            self._decode(new, self._tokenizer)
+        detokenizer = self._detokenizer
         return CompletionOutput(
-            index=self.sequence.index,
-            text=text,
-            token_ids=token_ids,
+            sequence.index,
+            "" if detokenizer is None else detokenizer.new_text(sequence.status is Status.FINISHED),
+            new,
+            self.cumulative_logprob,
+            None if logprobs is None else logprobs[start - sequence.num_prompt :],
+            sequence.finish_reason,
+            sequence.stop_reason,
+        )
+
+    def whole(self) -> CompletionOutput:
+        """Everything that has been produced."""
+        self.decode()
+        sequence, detokenizer = self.sequence, self._detokenizer
+        return CompletionOutput(
+            index=sequence.index,
+            text="" if detokenizer is None else detokenizer.text(sequence.finished),
+            token_ids=sequence.output_ids.tolist(),
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=logprobs,
-            finish_reason=self.sequence.finish_reason,
-            stop_reason=self.sequence.stop_reason,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
         )
 
 
 class RequestRecord:
     """A running request: its continuations and what they share."""
 
-    def __init__(self, request: Request, sequences: list[Sequence], tokenizer: Tokenizer | None):
+    def __init__(self, request: Request, sequences: list[Sequence], tokenizer: Tokenizer | None, *, timed: bool):
         self.request = request
-        self.continuations = [Continuation(sequence, tokenizer) for sequence in sequences]
+        self.continuations = [Continuation(sequence, self, tokenizer) for sequence in sequences]
         self.prompt_ids: list[int] = request.prompt_token_ids.tolist()
         wanted = request.params.prompt_logprobs is not None
         self.prompt_logprobs: list[PositionLogprobs | None] | None = [None for _ in self.prompt_ids] if wanted else None
         self.error: str | None = None
+        self._stats = sequences[0].stats if timed else None
 
     @property
     def finished(self) -> bool:
-        return all(continuation.sequence.finished for continuation in self.continuations)
+        for continuation in self.continuations:  # noqa: SIM110 (a generator costs more than the whole loop)
+            if continuation.sequence.status is not Status.FINISHED:
+                return False
+        return True
 
-    def output(self, changed: Iterable[Continuation]) -> RequestOutput | None:
+    def output(self, changed: list[Continuation], finished: bool) -> RequestOutput | None:
         """The output due now, or None when the caller wants only the final one."""
-        kind, finished = self.request.params.output_kind, self.finished
-        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+        kind = self.request.params.output_kind
+        if kind is RequestOutputKind.DELTA:
+            completions = [continuation.delta() for continuation in changed]
+        elif finished or kind is RequestOutputKind.CUMULATIVE:
+            completions = [continuation.whole() for continuation in self.continuations]
+        else:
             return None
-        shown = changed if kind is RequestOutputKind.DELTA else self.continuations
-        sequences = [continuation.sequence for continuation in self.continuations]
         return RequestOutput(
-            request_id=self.request.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=self.prompt_ids,
-            outputs=[continuation.output(kind) for continuation in shown],
-            finished=finished,
-            prompt_logprobs=self.prompt_logprobs,
-            metrics=sequences[0].stats,
-            num_cached_tokens=max(sequence.num_cached for sequence in sequences),
-            error=self.error,
+            self.request.request_id,
+            self.request.prompt,
+            self.prompt_ids,
+            completions,
+            finished,
+            self.prompt_logprobs,
+            self._stats,
+            max([continuation.sequence.num_cached for continuation in self.continuations]),
+            self.error,
         )
 
 
 class OutputProcessor:
-    """Keeps the records of unfinished requests and turns committed steps into their outputs."""
+    """Keeps the records of unfinished requests and turns committed steps into their outputs.
 
-    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler, metrics: Metrics):
+    `metrics` is None where no statistics are collected.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler, metrics: Metrics | None):
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._metrics = metrics
         self.records: dict[str, RequestRecord] = {}
+        self._continuations: dict[Sequence, Continuation] = {}  # those of `records`
 
     def add(self, request: Request, sequences: list[Sequence]) -> None:
         """Start a record; its sequences have been given to the scheduler."""
-        self.records[request.request_id] = RequestRecord(request, sequences, self._tokenizer)
+        record = RequestRecord(request, sequences, self._tokenizer, timed=self._metrics is not None)
+        self.records[request.request_id] = record
+        self._continuations.update(zip(sequences, record.continuations, strict=True))
 
     def process(self, work: Work, results: Results, gained: list[Sequence]) -> list[RequestOutput]:
-        """Outputs after a committed step; `gained` are the sequences that got a token."""
+        """Outputs after a committed step; `gained` are the sequences that got tokens."""
         now = time.monotonic()
+        if self._metrics is not None:
+            self._metrics.step(work, gained, now)
         if results.prompt is not None:
             self._add_prompt_logprobs(work, results.prompt)
         if results.rows is not None:
             self._add_logprobs(work, results.rows, gained)
-        changed: dict[str, list[Continuation]] = {}
+        changed: dict[RequestRecord, list[Continuation]] = {}
         for sequence in gained:
-            record = self.records[sequence.request.request_id]
-            continuation = record.continuations[sequence.index]
-            self._check_text(continuation)
-            self._time(sequence, now)
-            changed.setdefault(record.request.request_id, []).append(continuation)
-        return [output for key, some in changed.items() if (output := self._emit(self.records[key], some, now))]
+            if sequence.needs_host or sequence.status is Status.FINISHED:
+                continuation = self._continuations[sequence]
+                if continuation.watched:
+                    self._check_text(continuation)
+                changed.setdefault(continuation.record, []).append(continuation)
+        return [output for record, some in changed.items() if (output := self._emit(record, some, now))]
 
     def close(self, record: RequestRecord, error: str | None = None) -> RequestOutput | None:
         """The last output of a request whose sequences were ended from outside (aborted or failed)."""
@@ -143,44 +168,32 @@ class OutputProcessor:
         return self._emit(record, record.continuations, time.monotonic())
 
     def _emit(self, record: RequestRecord, changed: list[Continuation], now: float) -> RequestOutput | None:
-        output = record.output(changed)
-        if record.finished and self.records.pop(record.request.request_id, None) is not None:
-            first = record.continuations[0].sequence
-            self._metrics.finish(first.finish_reason or "error")
-            self._metrics.e2e_latency.observe(now - first.stats.queued_ts)
+        finished = record.finished
+        output = record.output(changed, finished)
+        if finished and self.records.pop(record.request.request_id, None) is not None:
+            for continuation in record.continuations:
+                del self._continuations[continuation.sequence]
+            if self._metrics is not None:
+                self._metrics.finish(record.continuations[0].sequence, now)
         return output
 
     def _check_text(self, continuation: Continuation) -> None:
         """End a sequence at a stop string or a repetition; decoding waits for the end when nobody looks earlier."""
         sequence = continuation.sequence
-        params = sequence.params
+        params = sequence.request.params
         if params.stop and (matched := continuation.decode()) is not None and not sequence.finished:
             self._scheduler.finish(sequence, "stop", matched)
         rule = params.repetition_detection
         if rule is not None and not sequence.finished and detect_repetition(sequence.output_ids, rule):
             self._scheduler.finish(sequence, "repetition", "repetition_detected")
 
-    def _time(self, sequence: Sequence, now: float) -> None:
-        stats, metrics = sequence.stats, self._metrics
-        new = sequence.num_output - stats.num_generation_tokens
-        if stats.num_generation_tokens == 0:
-            stats.first_token_ts = now
-            metrics.prompt_tokens += sequence.num_prompt
-            metrics.time_to_first_token.observe(now - stats.queued_ts)
-            metrics.queue_time.observe(stats.scheduled_ts - stats.queued_ts)
-        else:
-            metrics.inter_token_latency.observe((now - stats.last_token_ts) / new, new)
-        stats.num_generation_tokens += new
-        stats.last_token_ts = now
-        metrics.generation_tokens += new
-
     def _add_logprobs(self, work: Work, scores: HostScores, gained: list[Sequence]) -> None:
-        wanted = {id(sequence) for sequence in gained if sequence.params.logprobs is not None}
+        wanted = {sequence for sequence in gained if sequence.params.logprobs is not None}
         if not wanted:
             return
         for row, sequence in enumerate(work.sequences):
-            if id(sequence) in wanted:
-                continuation = self.records[sequence.request.request_id].continuations[sequence.index]
+            if sequence in wanted:
+                continuation = self._continuations[sequence]
                 token, count = int(sequence.tokens[sequence.num_tokens - 1]), sequence.params.logprobs
                 entry = self._entry(scores, row, token, count or 0)
                 assert continuation.logprobs is not None

@@ -1,7 +1,6 @@
 """The programs of an engine: which step shapes there are, and their ahead-of-time compilation."""
 
 import bisect
-import itertools
 import logging
 import threading
 import time
@@ -38,16 +37,28 @@ def _next_power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _sparse(sizes: list[int]) -> list[int]:
+    """The fewest of these ascending sizes that leave none with a substitute more than `WASTE` times as large."""
+    kept = []
+    for size in sizes:
+        if not kept or size > kept[-1]:
+            kept.append(max(other for other in sizes if other <= WASTE * size))
+    return kept
+
+
 class Buckets:
     """The short list of step shapes: decodes by sequences, mixed steps by tokens with room for half as many sequences.
 
-    Accelerators decode a few padding rows for nothing, since the weights bound the step: small decodes share buckets.
+    Accelerators decode a few padding rows for nothing, since the weights bound the step: small decodes share buckets,
+    and so do those with rare sampling parameters. A branch at run time costs them much, so there plain random sampling
+    (level DRAW) has decodes of its own; elsewhere level SAMPLE serves it.
     """
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, decode_steps: int, *, accelerator: bool):
         self._steps = decode_steps
         self._max_seqs = max_num_seqs
         powers = _powers(1, max_num_seqs)
+        self._accelerator = accelerator
         small = powers[1:6:2] if accelerator else []  # 2, 8 and 32 run as 4, 16 and 64
         self._decode = [size for size in powers if size not in small or size == max_num_seqs]
         most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
@@ -55,8 +66,11 @@ class Buckets:
 
     def choose(self, tokens: int, seqs: int, level: Level, edits: int, steps: int = 1) -> Bucket:
         """The smallest bucket that holds a step (or `steps` decodes in a row)."""
-        size = 0 if level is Level.GREEDY else max(MIN_EDITS, _next_power(edits))
-        if tokens == seqs and level < Level.PROMPT_LOGPROBS:
+        decode = tokens == seqs and level < Level.PROMPT_LOGPROBS
+        if level is Level.DRAW and not (decode and self._accelerator):
+            level = Level.SAMPLE
+        size = 0 if level < Level.SAMPLE else max(MIN_EDITS, _next_power(edits))
+        if decode:
             s = self._decode[bisect.bisect_left(self._decode, seqs)]
             return Bucket(s, s, level, size, steps)
         t = self._tokens[bisect.bisect_left(self._tokens, tokens)]
@@ -68,8 +82,10 @@ class Buckets:
 
     def all(self) -> list[Bucket]:
         """Every common bucket, small ones first."""
-        decodes = itertools.product(self._decode, (Level.GREEDY, Level.SAMPLE), {1, self._steps})
-        found = {self.choose(s, s, level, 0, steps) for s, level, steps in decodes}
+        rare = _sparse(self._decode) if self._accelerator else self._decode
+        decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]
+        decodes += [(s, Level.SAMPLE) for s in rare]
+        found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
         return sorted(found | {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens})
 
     @property

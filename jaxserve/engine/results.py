@@ -20,25 +20,25 @@ class HostScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """A step's results on the host: sampled ids `[steps, S]`, scores of the rows and of the prompt if computed."""
+    """A step's results on the host: sampled ids `[steps, rows]`, scores of rows and of the prompt if computed."""
 
     tokens: np.ndarray
     rows: HostScores | None
     prompt: HostScores | None
 
     @classmethod
-    def read(cls, packed: np.ndarray, bucket: Bucket, limits: Limits) -> "Results":
-        """Cut the packed int32 results of `step` apart."""
+    def read(cls, packed: np.ndarray, bucket: Bucket, limits: Limits, rows: int) -> "Results":
+        """Cut the packed int32 results of `step` apart; of the bucket's sequences the first `rows` are no padding."""
         sampled = bucket.steps * bucket.seqs
-        tokens, rest = packed[:sampled].reshape(bucket.steps, bucket.seqs), packed[sampled:]
-        rows = prompt = None
+        tokens, rest = packed[:sampled].reshape(bucket.steps, bucket.seqs)[:, :rows], packed[sampled:]
+        scores = prompt = None
         if bucket.steps > 1:
-            return cls(tokens, rows, prompt)
+            return cls(tokens, scores, prompt)
         if bucket.level >= Level.SAMPLE:
-            rows, rest = _read_scores(rest, bucket.seqs, limits.max_logprobs)
+            scores, rest = _read_scores(rest, bucket.seqs, limits.max_logprobs)
         if bucket.level >= Level.PROMPT_LOGPROBS:
             prompt, rest = _read_scores(rest, bucket.tokens, limits.max_logprobs)
-        return cls(tokens, rows, prompt)
+        return cls(tokens, scores, prompt)
 
 
 def _read_scores(packed: np.ndarray, rows: int, k: int) -> tuple[HostScores, np.ndarray]:

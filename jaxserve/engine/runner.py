@@ -33,7 +33,7 @@ class InFlight:
 
     def results(self) -> Results:
         """Wait for the step and read its results."""
-        return Results.read(np.asarray(self.packed), self.bucket, self.limits)
+        return Results.read(np.asarray(self.packed), self.bucket, self.limits, len(self.work.sequences))
 
 
 class Runner:

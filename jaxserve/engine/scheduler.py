@@ -148,32 +148,52 @@ class Scheduler:
             self._schedule_waiting(rows, budget)
         return rows.work(self.page_table)
 
-    def commit(self, work: Work, tokens: Int[np.ndarray, " S"]) -> list[Sequence]:
+    def commit(self, work: Work, tokens: Int[np.ndarray, "steps S"]) -> list[Sequence]:
         """Append the sampled tokens of a step and end the sequences that they complete.
 
         Args:
             work: the oldest step that has not been committed.
-            tokens: integers `[S]`, the token sampled for each row; those of rows that do not sample are ignored.
+            tokens: integers `[steps, S]`, sampled for each row by each of `work.steps` decodes; those of rows that do
+                not sample are ignored, and so is what a sequence samples after its end.
 
         Returns:
-            The sequences that gained a token, in row order; those ended or aborted earlier are left out.
+            The sequences that gained tokens, in row order; those ended or aborted earlier are left out.
         """
-        if len(tokens) != len(work.sequences):
-            raise ValueError(f"{len(tokens)} tokens for {len(work.sequences)} rows; pass one for each row")
-        gained = []
-        for seq, samples, token in zip(work.sequences, work.samples.tolist(), tokens.tolist(), strict=True):
+        if tokens.shape != (work.steps, len(work.sequences)):
+            raise ValueError(f"tokens are {tokens.shape}, not (steps, rows) = ({work.steps}, {len(work.sequences)})")
+        gained, several = [], work.steps > 1
+        columns = np.ascontiguousarray(tokens.T)
+        rows = columns.tolist() if several else tokens[0].tolist()
+        for row, (seq, samples, new) in enumerate(zip(work.sequences, work.samples.tolist(), rows, strict=True)):
             if not samples or seq.status is Status.FINISHED:
                 continue
+            gained.append(seq)
+            start, room = seq.num_tokens, len(seq.tokens)
+            if several and start + work.steps < room and seq.stop_ids.isdisjoint(new):
+                seq.tokens[start : start + work.steps] = columns[row]
+                seq.num_tokens = start + work.steps
+                seq.num_pending -= work.steps
+            elif not several and start + 1 < room and new not in seq.stop_ids:
+                seq.tokens[start] = new
+                seq.num_tokens = start + 1
+                seq.num_pending -= 1
+            else:
+                self._append_last(seq, new if several else [new])
+        return gained
+
+    def _append_last(self, seq: Sequence, new: list[int]) -> None:
+        """Append tokens of which one may end the sequence; those after it are dropped."""
+        for token in new:
             length = seq.num_tokens
             seq.tokens[length] = token
             seq.num_tokens = length = length + 1
             seq.num_pending -= 1
-            gained.append(seq)
             if token in seq.stop_ids and length - seq.num_prompt >= seq.request.params.min_tokens:
                 self.finish(seq, "stop", None if token in seq.eos_ids else token)
-            elif length == len(seq.tokens):
+                return
+            if length == len(seq.tokens):
                 self.finish(seq, "length")
-        return gained
+                return
 
     def _schedule_several(self, rows: StepRows) -> bool:
         """Plan several decodes of every running sequence at once, if that delays nobody; False if it would.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.batch import Batch, Bucket, Limits, State, advance, unpack
 from jaxserve.models.decoder import CausalLM
-from jaxserve.sampling import Scores, best_token, sample, score
+from jaxserve.sampling import Scores, best_token, draw, sample, score
 
 PROMPT_BLOCK = 64  # prompt positions whose logits exist at one time
 
@@ -59,8 +59,12 @@ def _single(model: CausalLM, state: State, batch: Batch, limits: Limits, mode: S
     hidden, cache = model(ids, chunks, state.cache)
     last_row = jnp.maximum(chunks.cu_q_lens[1:] - 1, 0)
     logits = model.logits(hidden[last_row])
-    if batch.sampling is None or batch.edits is None:
+    if batch.sampling is None:
         sampled = best_token(logits)
+        results = [sampled]
+    elif batch.edits is None:
+        with jax.named_scope("draw"):
+            sampled, _ = draw(logits, batch.sampling, chunks.kv_lens)
         results = [sampled]
     else:
         with jax.named_scope("sample"):

@@ -115,6 +115,14 @@ class PieceStream:
             text = text[stripped:]
         return text
 
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these tokens."""
+        if not self._pending and not self._strip and self._hidden.isdisjoint(token_ids):
+            pieces = [self._pieces[token_id] for token_id in token_ids]
+            if not any(isinstance(piece, bytes) for piece in pieces):
+                return "".join(pieces)  # type: ignore[arg-type]
+        return "".join([self.feed(token_id) for token_id in token_ids])
+
     def tail(self) -> str:
         """What remains when no token follows: U+FFFD for an unfinished character, or nothing."""
         return REPLACEMENT * (len(self._pending) if self._pieces.per_byte else min(len(self._pending), 1))
@@ -192,6 +200,10 @@ class WindowStream:
         self._shown = len(self._window)
         self._prefix = self._decode()
         return new
+
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these tokens."""
+        return "".join([self.feed(token_id) for token_id in token_ids])
 
     def tail(self) -> str:
         """What remains when no token follows."""

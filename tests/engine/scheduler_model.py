@@ -126,17 +126,16 @@ class Engine:
         if not self.in_flight:
             return []
         work, sampled = self.in_flight.popleft()
-        everyone: list[Sequence] = []
-        for tokens in sampled:
-            before = {seq: (seq.num_tokens, seq.finished) for seq in work.sequences}
-            gained = self.scheduler.commit(work, tokens)
-            for seq in gained:
-                assert before[seq] == (seq.num_tokens - 1, False)
-            assert all(seq in gained or before[seq] == (seq.num_tokens, seq.finished) for seq in work.sequences)
-            self._end([seq for seq in gained if seq.finished])
-            everyone += [seq for seq in gained if seq not in everyone]
+        before = {seq: (seq.num_tokens, seq.finished) for seq in work.sequences}
+        gained = self.scheduler.commit(work, np.stack(sampled))
+        for seq in gained:
+            assert 1 <= seq.num_tokens - before[seq][0] <= work.steps
+            assert seq.finished or seq.num_tokens - before[seq][0] == work.steps
+            assert not before[seq][1]
+        assert all(seq in gained or before[seq] == (seq.num_tokens, seq.finished) for seq in work.sequences)
+        self._end([seq for seq in gained if seq.finished])
         self.check()
-        return everyone
+        return gained
 
     def step(self) -> Work | None:
         """One turn of the engine's loop: start a step, then finish the one before."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, AsyncLLMEngine, EngineArgs, EngineDeadError, LLMEngine, RequestOutputKind, SamplingParams
-from jaxserve.engine.metrics import Counter, Metric
+from jaxserve.engine.metrics import Counter, Histogram, Metric
 from jaxserve.types import RequestOutput
 
 PROMPTS = [np.random.default_rng(n).integers(1, 90, 3 + 5 * n).tolist() for n in range(8)]
@@ -230,6 +230,37 @@ def test_full_warmup_leaves_nothing_to_compile(tiny_model: Path, compilation_cac
     llm.generate(PROMPTS[0], dataclasses.replace(GREEDY, prompt_logprobs=1), use_tqdm=False)
     assert count(llm.get_metrics(), "compilations_after_warmup") == 1
     llm.close()
+
+
+def test_without_statistics_none_are_collected(tiny_model: Path, compilation_cache: str, alone: dict) -> None:
+    llm = build(tiny_model, compilation_cache, disable_log_stats=True)
+    outputs = llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+    assert tokens(outputs) == alone["greedy"][:2]
+    assert [output.metrics for output in outputs] == [None, None]
+    assert llm.llm_engine._metrics is None
+    with pytest.raises(ValueError, match="disable_log_stats"):
+        llm.get_metrics()
+    llm.close()
+
+
+def test_statistics_of_a_request(llm: LLM) -> None:
+    before = {metric.name: metric for metric in llm.get_metrics()}
+    outputs = llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
+    after = {metric.name: metric for metric in llm.get_metrics()}
+    for output in outputs:
+        times = output.metrics
+        assert times is not None
+        assert times.num_generation_tokens == len(output.outputs[0].token_ids) == 12
+        assert 0 < times.queued_ts <= times.scheduled_ts <= times.first_token_ts <= times.last_token_ts
+
+    def grown(name: str) -> int:
+        old, new = (metrics[f"jaxserve:{name}"] for metrics in (before, after))
+        assert isinstance(old, Histogram)
+        assert isinstance(new, Histogram)
+        return new.count - old.count
+
+    assert grown("time_to_first_token_seconds") == grown("e2e_request_latency_seconds") == 3
+    assert grown("inter_token_latency_seconds") == 3 * 11
 
 
 def engine_of(llm: LLM) -> LLMEngine:

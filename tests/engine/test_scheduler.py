@@ -114,12 +114,12 @@ def test_stop_ids_are_reported_and_min_tokens_goes_first():
     short = make_sequence([5], 2, name="short", min_tokens=2)
     for seq in (stop, late, short):
         scheduler.add(seq)
-    scheduler.commit(scheduler.schedule(), np.array([1, 1, 9]))
+    scheduler.commit(scheduler.schedule(), np.array([[1, 1, 9]]))
     assert (stop.finish_reason, stop.stop_reason) == ("stop", 1)
     assert not late.finished
-    scheduler.commit(scheduler.schedule(), np.array([0, 0]))
+    scheduler.commit(scheduler.schedule(), np.array([[0, 0]]))
     assert (short.finish_reason, short.stop_reason) == ("stop", None)  # an end counts before the length
-    scheduler.commit(scheduler.schedule(), np.array([0]))
+    scheduler.commit(scheduler.schedule(), np.array([[0]]))
     assert (late.finish_reason, late.output_ids.tolist()) == ("stop", [1, 0, 0])
 
 
@@ -369,8 +369,8 @@ def test_sequences_that_cannot_run_are_refused(prompt, max_tokens):
 def test_commit_wants_a_token_for_each_row():
     engine = Engine()
     engine.add(make_sequence([3], 2))
-    with pytest.raises(ValueError, match="2 tokens for 1 rows"):
-        engine.scheduler.commit(engine.launch(), np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match=r"\(1, 2\), not \(steps, rows\) = \(1, 1\)"):
+        engine.scheduler.commit(engine.launch(), np.zeros((1, 2), np.int32))
 
 
 def test_many_aborts_leave_no_entries_behind():

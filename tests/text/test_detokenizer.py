@@ -15,13 +15,19 @@ PROPERTY = settings(deadline=None, max_examples=60)
 
 
 def stream(tokenizer: Tokenizer, prompt: list[int], chunks: list[list[int]], params: SamplingParams):
-    """The shown texts after each chunk, the final one and the detokenizer."""
-    detokenizer = Detokenizer(tokenizer, prompt, params)
-    shown = []
+    """The shown texts after each chunk, the final one and the detokenizer; `new_text` must give their pieces."""
+    detokenizer, other = (Detokenizer(tokenizer, prompt, params) for _ in range(2))
+    shown, given = [], ""
     for chunk in chunks:
         detokenizer.update(chunk)
         shown.append(detokenizer.text(finished=False))
-    return shown, detokenizer.text(finished=True), detokenizer
+        assert other.update(chunk) == detokenizer.stop_reason
+        given += other.new_text(finished=False)
+        assert given == shown[-1]
+    final = detokenizer.text(finished=True)
+    assert given + other.new_text(finished=True) == final
+    assert other.new_text(finished=True) == ""
+    return shown, final, detokenizer
 
 
 def split(data, ids: list[int]) -> list[list[int]]:
