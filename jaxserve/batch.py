@@ -27,8 +27,9 @@ class Level(IntEnum):
     """How much a step does after the model; a higher level can serve every lower one."""
 
     GREEDY = 0  # argmax only
-    SAMPLE = 1  # every sampling parameter, log-probabilities of the sampled position
-    PROMPT_LOGPROBS = 2  # also log-probabilities of every prompt position
+    DRAW = 1  # temperature, min-p, top-k and top-p alone
+    SAMPLE = 2  # every sampling parameter, log-probabilities of the sampled position
+    PROMPT_LOGPROBS = 3  # also log-probabilities of every prompt position
 
 
 @dataclass(frozen=True, order=True)
@@ -130,7 +131,7 @@ class Edits:
 class Batch:
     """A step's inputs. `token_ids` is -1 where the token is the one the step before sampled (`State.last_token`).
 
-    `sampling` and `edits` are None at level GREEDY. `targets[t]` is the prompt token after token `t`, whose
+    `sampling` is None at level GREEDY, `edits` below SAMPLE. `targets[t]` is the prompt token after token `t`, whose
     log-probability is wanted, or -1; None below level PROMPT_LOGPROBS. `capacity` is the number of tokens a row has
     pages for: where several decodes run in a row, one may end before the others, and must not write any further.
     """
@@ -163,9 +164,10 @@ def layout(bucket: Bucket, limits: Limits) -> dict[str, tuple[slice, tuple[int, 
     }
     if bucket.steps > 1:
         fields |= {"capacity": (s,)}
+    if bucket.level >= Level.DRAW:
+        fields |= {"sampling": (len(COLUMNS), s)}
     if bucket.level >= Level.SAMPLE:
-        fields |= {"sampling": (len(COLUMNS), s), "edit_rows": (e,), "edit_prev": (e,), "edit_tokens": (e,)}
-        fields |= {"edit_values": (e,)}
+        fields |= {"edit_rows": (e,), "edit_prev": (e,), "edit_tokens": (e,), "edit_values": (e,)}
     if bucket.level >= Level.PROMPT_LOGPROBS:
         fields |= {"targets": (t,)}
     places, start = {}, 0
@@ -198,7 +200,7 @@ class SlotTable:
             if owners[slot] is not sequence:
                 owners[slot] = sequence
                 self._values[:, slot] = sampling_constants(sequence)
-                self._levels[slot] = Level.GREEDY if plain_greedy(sequence) else Level.SAMPLE
+                self._levels[slot] = sampling_level(sequence)
                 self._last_prompt[slot] = 0 if sequence.params.prompt_logprobs is None else sequence.num_prompt - 1
 
     def level(self, work: Work) -> Level:
@@ -212,12 +214,14 @@ class SlotTable:
         return self._values[:, slots]
 
 
-def plain_greedy(sequence: Sequence) -> bool:
-    """Whether argmax of the bare logits is all that a sequence needs."""
+def sampling_level(sequence: Sequence) -> Level:
+    """The lowest level that serves a sequence's own token (its prompt may ask for more)."""
     params = sequence.params
     penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
     constrained = sequence.request.edits is not None or params.min_tokens > 0
-    return params.greedy and params.logprobs is None and not any(penalties) and not constrained
+    if params.logprobs is not None or any(penalties) or constrained:
+        return Level.SAMPLE
+    return Level.GREEDY if params.greedy else Level.DRAW
 
 
 def sampling_constants(sequence: Sequence) -> np.ndarray:
@@ -264,8 +268,9 @@ def pack(work: Work, bucket: Bucket, limits: Limits, table: SlotTable, edits: Ed
     if bucket.steps > 1:
         view["capacity"][:rows] = [len(sequence.pages) * limits.page_size for sequence in work.sequences]
     _fill_tokens(work, view["token_ids"], view["cu_q_lens"], view.get("targets"))
-    if bucket.level >= Level.SAMPLE:
+    if bucket.level >= Level.DRAW:
         view["sampling"][:, :rows] = table.rows(work.slots)
+    if bucket.level >= Level.SAMPLE:
         _fill_edits(edits, bucket.seqs, view)
     return buffer
 
@@ -315,7 +320,7 @@ def unpack(buffer: Int[Array, "words"], bucket: Bucket, limits: Limits) -> Batch
         row_ids=row_ids,
         slots=get("slots"),
         chunks=chunks,
-        sampling=_unpack_sampling(get("sampling")) if bucket.level >= Level.SAMPLE else None,
+        sampling=_unpack_sampling(get("sampling")) if bucket.level >= Level.DRAW else None,
         edits=_unpack_edits(get) if bucket.level >= Level.SAMPLE else None,
         targets=get("targets") if bucket.level >= Level.PROMPT_LOGPROBS else None,
         capacity=get("capacity") if bucket.steps > 1 else None,

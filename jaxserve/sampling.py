@@ -1,9 +1,10 @@
 """Sampling on the device: every `SamplingParams` field that changes which token comes next, in vLLM's order.
 
 allowed ids -> bad words, min_tokens, logit bias -> repetition, frequency, presence penalty -> greedy, or temperature
--> min-p -> top-k -> top-p -> draw. Stages that no row of the step asks for are skipped by a run-time branch, so one
-program serves every mixture. A row's random key is `fold_in(seed, position)`: the batch around a request never changes
-its draw.
+-> min-p -> top-k -> top-p -> draw. `draw` is the part after the penalties, without branches; `sample` is all of it, and
+skips by a run-time branch what no row of the step asks for, so one program serves every mixture. A branch costs a GPU
+tens of microseconds, as the host reads its condition: hence two levels. A row's random key is `fold_in(seed,
+position)`: the batch around a request never changes its draw.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.batch import Edits, SamplingRows
 from jaxserve.kv_cache import Chunks
-from pallas_kernels.top_k_top_p import top_k_top_p_mask
+from pallas_kernels.top_k_top_p import top_k_top_p_floor
 
 
 class Scores(NamedTuple):
@@ -36,22 +37,16 @@ def sample(
     chunks: Chunks,
 ) -> tuple[Int[Array, "S"], Float[Array, "S V"]]:
     """Draw one token a row; also return the processed logits (after masks, penalties, temperature, top-k, top-p)."""
-    logits = lax.cond(
-        jnp.any(edits.rows < logits.shape[0]) | jnp.any(rows.allow_only),
-        lambda x: apply_edits(x, rows.allow_only, edits, last_token),
-        lambda x: x,
-        logits,
-    )
-    logits = lax.cond(
-        _any_penalty(rows),
-        lambda x: apply_penalties(x, rows, tokens, chunks),
-        lambda x: x,
-        logits,
-    )
-    greedy = best_token(logits)
-    is_random = rows.temperature > 0
-    processed, drawn = lax.cond(jnp.any(is_random), _draw, lambda x, *_: (x, greedy), logits, rows, chunks.kv_lens)
-    return jnp.where(is_random, drawn, greedy), processed
+    any_edit = jnp.any(edits.rows < logits.shape[0]) | jnp.any(rows.allow_only)
+    any_penalty = _any_penalty(rows)
+
+    def change(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
+        x = lax.cond(any_edit, lambda x: apply_edits(x, rows.allow_only, edits, last_token), lambda x: x, x)
+        return lax.cond(any_penalty, lambda x: apply_penalties(x, rows, tokens, chunks), lambda x: x, x)
+
+    logits = lax.cond(any_edit | any_penalty, change, lambda x: x, logits)
+    any_random = jnp.any(rows.temperature > 0)
+    return lax.cond(any_random, lambda x: draw(x, rows, chunks.kv_lens), lambda x: (best_token(x), x), logits)
 
 
 def best_token(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
@@ -112,23 +107,26 @@ def token_counts(
     return lax.fori_loop(0, -(-jnp.max(chunks.kv_lens) // page_size), count_page, start)
 
 
-def _draw(
+def draw(
     logits: Float[Array, "S V"], rows: SamplingRows, positions: Int[Array, "S"]
-) -> tuple[Float[Array, "S V"], Int[Array, "S"]]:
-    """Temperature, min-p, top-k, top-p, then one draw a row by the Gumbel-max trick (greedy rows pass unscaled)."""
+) -> tuple[Int[Array, "S"], Float[Array, "S V"]]:
+    """Temperature, min-p, top-k, top-p, then one draw a row by the Gumbel-max trick; the best token of greedy rows.
+
+    Also returns the logits after temperature and filters; those of greedy rows are unchanged.
+    """
     is_random = rows.temperature > 0
     scaled = logits / jnp.where(is_random, rows.temperature, 1)[:, None]
-    off = jnp.zeros_like(rows.top_k)
-    top_k = jnp.where(is_random, rows.top_k, off)
+    top_k = jnp.where(is_random, rows.top_k, 0)
     top_p, min_p = jnp.where(is_random, rows.top_p, 1), jnp.where(is_random, rows.min_p, 0)
-    masked = top_k_top_p_mask(scaled, top_k, top_p, min_p)
+    floor = top_k_top_p_floor(scaled, top_k, top_p, min_p)
+    processed = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
 
     def noise(high: Array, low: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], jnp.float32)
 
     gumbel = jax.vmap(noise)(rows.seed_high, rows.seed_low, positions)
-    return masked, best_token(masked + gumbel)
+    return best_token(processed + jnp.where(is_random[:, None], gumbel, 0)), processed
 
 
 def score(logits: Float[Array, "R V"], ids: Int[Array, "R"], k: int, *, as_logprobs: bool) -> Scores:

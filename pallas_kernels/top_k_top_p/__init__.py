@@ -1,23 +1,23 @@
-"""Restrict logits to the tokens that min-p, top-k and top-p sampling may choose."""
+"""Where the set of tokens begins that min-p, top-k and top-p sampling may choose from."""
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op
-from pallas_kernels.top_k_top_p import reference
+from pallas_kernels.top_k_top_p import mosaic_gpu, reference
 
-OP = Op("top_k_top_p_mask", {"xla": reference.top_k_top_p_mask})
+OP = Op("top_k_top_p_floor", {"mosaic_gpu": mosaic_gpu.top_k_top_p_floor, "xla": reference.top_k_top_p_floor})
 
 
-def top_k_top_p_mask(
+def top_k_top_p_floor(
     logits: Float[Array, "S V"],
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
     *,
     implementation: str | None = None,
-) -> Float[Array, "S V"]:
-    """Set the logits outside each row's sampling set to -inf; the others stay as they are.
+) -> Float[Array, "S"]:
+    """The floor of each row's sampling set, which is every token with a logit at or above it.
 
     Three filters, in this order, each on what the one before kept (`logits` are already divided by the temperature):
 
@@ -28,7 +28,9 @@ def top_k_top_p_mask(
        less than `top_p` (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019). So the best token is
        kept whatever `top_p` is, and ties stay together; `top_p >= 1` is off.
 
-    Logits of -inf are never kept, and come out as -inf; NaN and +inf are not supported.
+    Each keeps the largest logits, hence one number says it all. It need not be a logit of the row: -inf where nothing
+    is filtered. Logits of -inf have no probability and are never chosen; NaN and +inf are not supported. Sums are
+    float32, so a token whose larger ones sum to `top_p` within rounding may fall on either side.
 
     Args:
         logits: float32; top_k: int32; top_p, min_p: float32; one value per row.
@@ -40,5 +42,5 @@ def top_k_top_p_mask(
     """
     if logits.dtype != "float32":
         raise ValueError(f"logits must be float32, not {logits.dtype}; cast them first")
-    with jax.named_scope("top_k_top_p_mask"):
+    with jax.named_scope("top_k_top_p_floor"):
         return OP(implementation, logits, top_k, top_p, min_p)

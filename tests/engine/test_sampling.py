@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve.batch import (
     COLUMNS,
+    Batch,
     Bucket,
     Edits,
     Level,
@@ -20,10 +21,12 @@ from jaxserve.batch import (
     layout,
     pack,
     sampling_constants,
+    sampling_level,
     unpack,
 )
 from jaxserve.engine.edits import step_edits
 from jaxserve.kv_cache import Chunks
+from jaxserve.sampling import draw as draw_only
 from jaxserve.sampling import sample, score
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.types import LogitEdits, Request, Sequence, Work
@@ -146,6 +149,46 @@ def test_processed_logits_give_the_described_distribution(pending: bool) -> None
                 actual = np.asarray(jax.nn.softmax(processed[row]))
                 np.testing.assert_allclose(actual, expected[row], atol=2e-6)
                 assert expected[row][int(token[row])] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "edits", "level"),
+    [
+        ({"temperature": 0.0}, None, Level.GREEDY),
+        ({"temperature": 0.0, "top_k": 4}, None, Level.GREEDY),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7}, None, Level.DRAW),
+        ({"temperature": 0.0, "logprobs": 2}, None, Level.SAMPLE),
+        ({"presence_penalty": 0.1}, None, Level.SAMPLE),
+        ({"frequency_penalty": 0.1}, None, Level.SAMPLE),
+        ({"repetition_penalty": 1.1}, None, Level.SAMPLE),
+        ({"min_tokens": 3}, None, Level.SAMPLE),
+        ({}, LogitEdits(bias=((4, 1.0),)), Level.SAMPLE),
+    ],
+)
+def test_level_of_a_sequence(fields: dict, edits: LogitEdits | None, level: Level) -> None:
+    sequence = make_sequence(np.random.default_rng(0), SamplingParams(**fields), [1, 2], [3], 5, edits)
+    assert sampling_level(sequence) is level
+
+
+def test_level_draw_gives_what_level_sample_gives() -> None:
+    rng = np.random.default_rng(4)
+    names = ("greedy", "plain", "temperature", "top_k", "top_p", "min_p", "all_three")
+    params = [SamplingParams(**CASES[name][0], max_tokens=20) for name in names]
+    work, tokens = as_work([make_sequence(rng, p, [1, 2, 3], OUTPUT, slot) for slot, p in enumerate(params)], True)
+    table = SlotTable(SLOTS)
+    table.update(work.sequences)
+    assert table.level(work) is Level.DRAW
+    logits, last = jnp.asarray(rng.normal(size=(SLOTS, VOCAB)), jnp.float32), jnp.zeros(SLOTS, jnp.int32)
+
+    def batch(level: Level) -> Batch:
+        bucket = Bucket(SLOTS, SLOTS, level, 16 if level is Level.SAMPLE else 0)
+        return unpack(jnp.asarray(pack(work, bucket, LIMITS, table, [])), bucket, LIMITS)
+
+    full, alone = batch(Level.SAMPLE), batch(Level.DRAW)
+    assert alone.edits is None
+    expected = sample(logits, full.sampling, full.edits, last, jnp.asarray(tokens), full.chunks)
+    for mine, theirs in zip(draw_only(logits, alone.sampling, alone.chunks.kv_lens), expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def rows_of(seeds: np.ndarray, **fields: float) -> SamplingRows:

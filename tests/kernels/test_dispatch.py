@@ -70,7 +70,7 @@ BATCH = (ints(16, 128), ints(17), ints(16))
             (CACHE, floats(512, 8, 128), floats(512, 8, 128), ints(512), ints(512)),
         ),
         (
-            top_k_top_p.top_k_top_p_mask,
+            top_k_top_p.top_k_top_p_floor,
             (floats(16, 49_152, dtype="float32"), ints(16), *[floats(16, dtype="float32")] * 2),
         ),
     ],

@@ -1,11 +1,11 @@
-"""Every implementation of `top_k_top_p_mask` against a float64 sort."""
+"""Every implementation of `top_k_top_p_floor` against a float64 sort."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.top_k_top_p import OP, top_k_top_p_mask
+from pallas_kernels.top_k_top_p import top_k_top_p_floor
 
 
 def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -28,7 +28,8 @@ def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> n
 def run(logits, top_k, top_p, min_p, implementation="xla") -> np.ndarray:
     types = (np.float32, np.int32, np.float32, np.float32)
     args = [jnp.asarray(x, t) for x, t in zip((logits, top_k, top_p, min_p), types, strict=True)]
-    return np.asarray(jax.jit(lambda *a: top_k_top_p_mask(*a, implementation=implementation))(*args))
+    floor = jax.jit(lambda *a: top_k_top_p_floor(*a, implementation=implementation))(*args)
+    return np.where(args[0] >= np.asarray(floor)[:, None], args[0], -np.inf)
 
 
 def check(logits, top_k, top_p, min_p, implementation="xla") -> None:
@@ -39,7 +40,7 @@ def check(logits, top_k, top_p, min_p, implementation="xla") -> None:
         np.testing.assert_array_equal(out[row], np.where(kept, logits[row], -np.inf), err_msg=f"{row=}")
 
 
-@pytest.mark.parametrize("implementation", OP.table)
+@pytest.mark.parametrize("implementation", ["xla"])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("small", [False, True])
 def test_matches_sorting(implementation: str, spread: float, small: bool):
@@ -87,4 +88,4 @@ def test_rows_that_use_nothing_pass_unchanged():
 def test_rejects_another_dtype():
     zeros = jnp.zeros(1)
     with pytest.raises(ValueError, match="bfloat16"):
-        top_k_top_p_mask(jnp.zeros((1, 4), jnp.bfloat16), jnp.zeros(1, jnp.int32), zeros, zeros)
+        top_k_top_p_floor(jnp.zeros((1, 4), jnp.bfloat16), jnp.zeros(1, jnp.int32), zeros, zeros)

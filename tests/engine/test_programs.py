@@ -1,0 +1,31 @@
+"""Which step shapes an engine compiles."""
+
+import pytest
+
+from jaxserve.batch import Bucket, Level
+from jaxserve.engine.programs import WASTE, Buckets
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (5, 4), (16, 1), (100, 8), (256, 1), (300, 2)])
+def test_every_common_step_has_a_program_that_is_not_much_too_large(most: int, steps: int, accelerator: bool):
+    buckets = Buckets(most, 2048, steps, accelerator=accelerator)
+    ready = buckets.all()
+    for seqs in range(1, most + 1):
+        for level in (Level.GREEDY, Level.DRAW, Level.SAMPLE):
+            exact = [buckets.choose(seqs, seqs, level, 0, count) for count in (1, steps)]
+            exact.append(buckets.choose(seqs + 7, seqs, level, 0))
+            for bucket in exact:
+                covers = [known for known in ready if known.covers(bucket)]
+                assert min(known.seqs for known in covers) <= WASTE * bucket.seqs
+
+
+def test_plain_random_sampling_has_its_own_decodes_where_branches_are_dear():
+    gpu, cpu = (Buckets(64, 2048, 1, accelerator=accelerator) for accelerator in (True, False))
+    assert gpu.choose(3, 3, Level.DRAW, 0) == Bucket(4, 4, Level.DRAW)
+    assert cpu.choose(3, 3, Level.DRAW, 0) == cpu.choose(3, 3, Level.SAMPLE, 0)
+    for buckets in (gpu, cpu):
+        assert buckets.choose(9, 3, Level.DRAW, 0) == buckets.choose(9, 3, Level.SAMPLE, 0)
+    assert gpu.choose(3, 3, Level.SAMPLE, 0).covers(gpu.choose(3, 3, Level.DRAW, 0))
+    rare = {bucket.seqs for bucket in gpu.all() if bucket.decode_only and bucket.level is Level.SAMPLE}
+    assert rare == {4, 64}
