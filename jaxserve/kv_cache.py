@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.kv_write import write_kv
+from pallas_kernels.rope_kv_write import rope_kv_write
 
 Index = int | Int[Array, ""]  # of a layer in the stacked cache, static or traced
 
@@ -55,10 +55,28 @@ class KVCache:
     def page_size(self) -> int:
         return self.kv.shape[4]
 
-    def write(self, layer: Index, k: Float[Array, "T K H"], v: Float[Array, "T K H"], chunks: Chunks) -> "KVCache":
-        """Store the step's keys and values of one layer, cast to the cache's dtype."""
-        dtype = self.kv.dtype
-        return KVCache(write_kv(self.kv, layer, k.astype(dtype), v.astype(dtype), chunks.pages, chunks.offsets))
+    def write(
+        self,
+        layer: Index,
+        qkv: Float[Array, "T K heads H"],
+        rope: tuple[Float[Array, "T R"], Float[Array, "T R"]],
+        chunks: Chunks,
+        *,
+        q_scale: Float[Array, "H"] | None = None,
+        k_scale: Float[Array, "H"] | None = None,
+        norm_eps: float = 0.0,
+        norm_offset: float = 0.0,
+    ) -> tuple[Float[Array, "T N H"], "KVCache"]:
+        """Store the step's keys and values of one layer, cast to the cache's dtype, and return its queries.
+
+        `qkv` holds, for each KV head, its query heads, its key and its value, as they come from the projection; queries
+        and keys are normed where a scale is given and rotated by `rope` (cosine, sine) on the way.
+        """
+        q, kv = rope_kv_write(
+            qkv, self.kv, layer, *rope, chunks.pages, chunks.offsets,
+            q_scale=q_scale, k_scale=k_scale, norm_eps=norm_eps, norm_offset=norm_offset,
+        )  # fmt: skip
+        return q, KVCache(kv)
 
     def attend(
         self,

@@ -1,5 +1,7 @@
 """Grouped-query self-attention over the paged cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,14 +10,15 @@ from jaxtyping import Array, Float
 from jaxserve.kv_cache import Chunks, Index, KVCache
 from jaxserve.layers.linear import Linear
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.rope import Tables, apply_rope
+from jaxserve.layers.rope import Tables
 
 
 class Attention(nnx.Module):
     """Query, key and value in one projection `[K, G + 2, H]`: the `G` query heads of a KV head, its key, its value.
 
-    So the fused axis can be split over KV heads without moving anything. `q_norm` and `k_norm`, where given, act on
-    each head before the rotation. `window` counts the positions a token sees, its own included.
+    So the fused axis can be split over KV heads without moving anything. `q_norm` and `k_norm`, given together or not
+    at all and alike but for their scales, act on each head before the rotation. `window` counts the positions a token
+    sees, its own included.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
     ) -> tuple[Float[Array, "T D"], KVCache]:
         with jax.named_scope("attention"):
-            qkv = self.qkv(x)  # [T, K, G + 2, H]
-            q = qkv[:, :, :-2].reshape(x.shape[0], -1, qkv.shape[-1])
-            k, v = qkv[:, :, -2], qkv[:, :, -1]
-            q = q if self.q_norm is None else self.q_norm(q)
-            k = k if self.k_norm is None else self.k_norm(k)
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-            cache = cache.write(layer, k, v, chunks)
+            q, cache = cache.write(layer, self.qkv(x), rope, chunks, **self._head_norms())
             out = cache.attend(layer, q, chunks, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
             return self.out(out), cache
+
+    def _head_norms(self) -> dict[str, Any]:
+        """The norms of queries and keys as `KVCache.write` takes them."""
+        if self.q_norm is None or self.k_norm is None:
+            return {}
+        norm = self.q_norm
+        scales = {"q_scale": norm.scale[...], "k_scale": self.k_norm.scale[...]}
+        return scales | {"norm_eps": norm.eps, "norm_offset": norm.offset}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 Tables = tuple[Array, Array]  # cos and sin, float32 [T, R], R = half the number of rotated features
 
@@ -26,15 +26,3 @@ class Rope:
         """Cosine and sine of every position, computed once per step and shared by all layers of this kind."""
         angles = positions[:, None].astype(jnp.float32) * np.asarray(self.inv_freq, np.float32)
         return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
-
-
-def apply_rope(
-    x: Float[Array, "T heads H"], cos: Float[Array, "T R"], sin: Float[Array, "T R"]
-) -> Float[Array, "T heads H"]:
-    """Rotate feature `i` with feature `i + R`, for `i < R`, in float32."""
-    half = cos.shape[-1]
-    wide = x.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None], sin[:, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
