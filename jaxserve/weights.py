@@ -1,8 +1,6 @@
 """From a checkpoint on disk to parameters on the devices, one tensor at a time."""
 
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,16 +19,9 @@ from jax.tree_util import PyTreeDef
 from tqdm import tqdm
 
 from jaxserve import models
-from jaxserve.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    find_model,
-    open_checkpoint,
-    read_generation_config,
-    read_hf_config,
-)
+from jaxserve.checkpoints import Checkpoint, CheckpointError, open_checkpoint, read_hf_config
 from jaxserve.checkpoints.base import list_names
-from jaxserve.checkpoints.orbax import MANIFEST, is_engine_ready, read_manifest, restore_arrays, save_arrays
+from jaxserve.checkpoints.orbax import is_engine_ready, read_manifest, restore_arrays
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import CausalLM
 from jaxserve.models.family import Family
@@ -43,44 +34,75 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 READERS = 2  # threads that read and build parameters ahead of the one that places them
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+
+Parameters = dict[str, jax.ShapeDtypeStruct]  # dotted path -> shape, dtype and sharding, in the order of the leaves
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model whose parameters lie on their devices.
+class ModelPlan:
+    """A model before its parameters exist: what planning memory and compiling programs need.
 
     Attributes:
-        path: the folder or file it came from.
+        path: the folder or file it will be loaded from.
         hf_config: its config in Hugging Face's keys.
-        names: the parameters' dotted paths, in the order of `leaves`.
-        leaves: the parameters, the flat tuple that crosses `jit`.
+        load_format: "safetensors", "gguf", "orbax" or "dummy"; "auto" is "safetensors" or "gguf", by the files.
+        parameters: the flat tuple of leaves that crosses `jit`, by name.
     """
 
     path: Path
     hf_config: Mapping[str, Any]
-    family: str
+    load_format: str
+    family: Family
     model_config: ModelConfig
     dtype: np.dtype
     graphdef: nnx.GraphDef
     treedef: PyTreeDef  # pyright: ignore[reportInvalidTypeForm]
-    names: tuple[str, ...]
-    leaves: tuple[jax.Array, ...]
+    parameters: Parameters
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all parameters together (of one copy of the model)."""
-        return sum(leaf.nbytes for leaf in self.leaves)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.parameters.values())
 
     def merge(self, leaves: Iterable[jax.Array]) -> CausalLM:
         """The module with these parameters; pure, for use inside `jit`."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
-def load_model(
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model whose parameters, `leaves`, lie on their devices."""
+
+    plan: ModelPlan
+    leaves: tuple[jax.Array, ...]
+
+    @property
+    def family(self) -> str:
+        return self.plan.family.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' dotted paths, in the order of `leaves`."""
+        return tuple(self.plan.parameters)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.plan.total_bytes
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.plan.model_config
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.plan.dtype
+
+    def merge(self, leaves: Iterable[jax.Array]) -> CausalLM:
+        """The module with these parameters; pure, for use inside `jit`."""
+        return self.plan.merge(leaves)
+
+
+def plan_model(
     path: str | Path,
     *,
     hf_config: Mapping[str, Any] | None = None,
@@ -88,10 +110,8 @@ def load_model(
     load_format: str = "auto",
     mesh: Mesh | None = None,
     max_model_len: int | None = None,
-    seed: int = 0,
-    show_progress: bool = True,
-) -> LoadedModel:
-    """Load a model's parameters onto the devices of `mesh`.
+) -> ModelPlan:
+    """Find out what a model's parameters will be and where they will lie; allocates and reads nothing large.
 
     Args:
         path: a folder or GGUF file, as `find_model` returns it.
@@ -101,11 +121,9 @@ def load_model(
             weights made on the devices; only the config is read).
         mesh: axes ("data", "model"); None is one device.
         max_model_len: the longest sequence to be served, which rope settings may depend on.
-        seed: of the dummy weights.
-        show_progress: whether to draw a progress bar on stderr.
 
     Raises:
-        CheckpointError: files that are missing, damaged, or do not fit the model.
+        CheckpointError: a config or manifest that is missing or damaged.
         ValueError: an unsupported architecture or config, dtype or load_format, or a mesh that does not divide it.
     """
     if load_format not in LOAD_FORMATS:
@@ -115,19 +133,46 @@ def load_model(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     family = models.resolve(hf_config)
     config = family.config(hf_config, max_model_len)
-    engine_ready = load_format == "orbax" or (load_format == "auto" and is_engine_ready(path))
-    stored = read_manifest(path)["dtype"] if engine_ready else None
+    if load_format == "auto" and is_engine_ready(path):
+        load_format = "orbax"
+    stored = read_manifest(path)["dtype"] if load_format == "orbax" else None
     chosen = resolve_dtype(dtype, hf_config, mesh, stored)
     graphdef, treedef, parameters = plan_parameters(family, config, chosen, mesh)
-    if load_format == "dummy":
+    return ModelPlan(path, hf_config, load_format, family, config, chosen, graphdef, treedef, parameters)
+
+
+def load_weights(plan: ModelPlan, *, seed: int = 0, show_progress: bool = True) -> tuple[jax.Array, ...]:
+    """The planned parameters on their devices.
+
+    Args:
+        plan: of the model.
+        seed: of the dummy weights.
+        show_progress: whether to draw a progress bar on stderr.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or do not fit the model.
+    """
+    parameters, family, config = plan.parameters, plan.family, plan.model_config
+    if plan.load_format == "dummy":
         arrays = make_dummies(parameters, config, seed)
-    elif engine_ready:
-        arrays = restore_arrays(path, parameters, family=family.name)
+    elif plan.load_format == "orbax":
+        arrays = restore_arrays(plan.path, parameters, family=family.name)
     else:
-        checkpoint = open_checkpoint(path, load_format)
-        arrays = load_parameters(checkpoint, path, family, config, parameters=parameters, show_progress=show_progress)
-    leaves = tuple(arrays[name] for name in parameters)
-    return LoadedModel(path, hf_config, family.name, config, chosen, graphdef, treedef, tuple(parameters), leaves)
+        checkpoint = open_checkpoint(plan.path, plan.load_format)
+        arrays = load_parameters(
+            checkpoint, plan.path, family, config, parameters=parameters, show_progress=show_progress
+        )
+    return tuple(arrays[name] for name in parameters)
+
+
+def load_model(path: str | Path, *, seed: int = 0, show_progress: bool = True, **options: Any) -> LoadedModel:
+    """Plan a model and load its parameters; `options` as for `plan_model`.
+
+    Raises:
+        CheckpointError, ValueError: as `plan_model` and `load_weights` do.
+    """
+    plan = plan_model(path, **options)
+    return LoadedModel(plan, load_weights(plan, seed=seed, show_progress=show_progress))
 
 
 def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], mesh: Mesh, stored: str | None = None) -> np.dtype:
@@ -148,9 +193,6 @@ def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], mesh: Mesh, stored: 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return jnp.dtype(dtype)
-
-
-Parameters = dict[str, jax.ShapeDtypeStruct]  # dotted path -> shape, dtype and sharding, in the order of the leaves
 
 
 def plan_parameters(
@@ -294,89 +336,3 @@ def _hash(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
-
-
-def save_checkpoint(loaded: LoadedModel, folder: Path, load_tokenizer: Callable[[Path], Any]) -> None:
-    """Write an engine-ready checkpoint into an existing, empty folder.
-
-    Args:
-        loaded: the model; its config, generation config and tokenizer are taken from `loaded.path`.
-        folder: where to write.
-        load_tokenizer: called with a GGUF file, gives its tokenizer as a transformers one (for `save_pretrained`).
-    """
-    config = {key: value for key, value in loaded.hf_config.items() if key != "torch_dtype"}
-    _write_json(folder / "config.json", config | {"dtype": loaded.dtype.name})
-    if generation := read_generation_config(loaded.path):
-        _write_json(folder / "generation_config.json", generation)
-    if loaded.path.is_file():
-        load_tokenizer(loaded.path).save_pretrained(folder)
-    else:
-        for name in TOKENIZER_FILES:
-            if (loaded.path / name).is_file():
-                shutil.copyfile(loaded.path / name, folder / name)
-    arrays = dict(zip(loaded.names, loaded.leaves, strict=True))
-    save_arrays(folder, arrays, family=loaded.family, dtype=loaded.dtype.name)
-
-
-def convert(
-    model: str | Path | None,
-    out: str | Path,
-    *,
-    load_tokenizer: Callable[[Path], Any],
-    dtype: str = "auto",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    download_dir: str | Path | None = None,
-    overwrite: bool = False,
-    show_progress: bool = True,
-) -> Path:
-    """Write a model as an engine-ready checkpoint that `load_model` restores without fusing or casting.
-
-    Nothing appears at `out` before everything is written.
-
-    Args:
-        model, revision, token, download_dir: as for `find_model`.
-        out: the folder to make.
-        load_tokenizer: as for `save_checkpoint`.
-        dtype: as for `load_model`.
-        overwrite: whether an engine-ready checkpoint at `out` may be replaced.
-
-    Returns:
-        `out`.
-
-    Raises:
-        CheckpointError: the model cannot be read, or `out` holds something.
-    """
-    out = Path(out).expanduser().absolute()
-    _check_free(out, overwrite)
-    path = find_model(model, revision, token, download_dir)
-    if path.resolve() == out.resolve():
-        raise CheckpointError(f"{out} is the model itself; name another output folder")
-    loaded = load_model(path, dtype=dtype, show_progress=show_progress)
-    partial_folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        save_checkpoint(loaded, partial_folder, load_tokenizer)
-        if out.exists():
-            shutil.rmtree(out)
-        partial_folder.rename(out)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-    return out
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Raise unless `out` may be written: absent, empty, or an earlier conversion that may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_engine_ready(out):
-        raise CheckpointError(f"{out} exists and holds something other than a converted model; name another folder")
-    if not overwrite:
-        raise CheckpointError(
-            f"{out} already holds a converted model ({MANIFEST}); name another folder or overwrite it"
-        )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from jaxserve.batch import Limits, SlotTable, pack
+from jaxserve.checkpoints import find_model
 from jaxserve.cli.bench import processor
 from jaxserve.config import EngineArgs, resolve
 from jaxserve.engine.edits import step_edits
@@ -34,7 +35,6 @@ from jaxserve.engine.setup import Parts
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer, load_tokenizer
 from jaxserve.types import Work
-from jaxserve.weights import find_model
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "num_attention_heads": 9,

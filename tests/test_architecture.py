@@ -29,6 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.models",),
     ("jaxserve.checkpoints",),
     ("jaxserve.weights",),
+    ("jaxserve.convert",),
     ("jaxserve.tokenizers_gguf", "jaxserve.chat"),
     ("jaxserve.text",),
     ("jaxserve.sampling", "jaxserve.repetition", "jaxserve.inputs"),

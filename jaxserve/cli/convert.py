@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and say where the result is."""
     options = flags.engine_args(args, model=args.model)
+    from jaxserve.convert import convert
     from jaxserve.text import load_tokenizer
-    from jaxserve.weights import convert
 
     start = time.perf_counter()
     out = convert(

@@ -69,7 +69,7 @@ def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype) -> int
 def plan_memory(
     config: EngineConfig,
     model: ModelConfig,
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+    limit: int | None,
     *,
     weights: int,
     working: int,
@@ -77,21 +77,28 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide a device's memory. With `fit_max_model_len` the plan may shorten the context to what fits.
 
+    Args:
+        config: of the engine; its options may fix the size of the cache.
+        model: whose cache it is.
+        limit: bytes for weights, working memory and cache together, as `memory_limit` says.
+        weights: their bytes.
+        working: bytes that a step needs besides.
+        dtype: of the cache.
+
     Raises:
         ValueError: when what is left cannot hold one request of `max_model_len` tokens; it names the numbers and flags.
     """
     page = page_bytes(model, config.block_size, dtype)
     needed = -(-config.max_model_len // config.block_size)
-    on_cpu = device.platform == "cpu"
     if config.num_gpu_blocks_override is not None:
         pages = config.num_gpu_blocks_override
     elif config.kv_cache_memory_bytes is not None:
         pages = config.kv_cache_memory_bytes // page
-    elif on_cpu:
+    elif limit is None:
         pages = _cpu_pages(page, needed, config.max_num_seqs * needed)
     else:
-        pages = max(0, device_limit(device, weights) - weights - working) // page
-    limit = weights + working + pages * page if on_cpu else device_limit(device, weights)
+        pages = max(0, limit - weights - working) // page
+    limit = weights + working + pages * page if limit is None else limit
     context = config.max_model_len
     if config.fit_max_model_len and pages:
         context = min(context, pages * config.block_size)
@@ -107,11 +114,12 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
     return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
 
 
-def device_limit(device: jax.Device, weights: int) -> int:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes the allocator grants on an accelerator, less what others in this process hold."""
+def memory_limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
+    """Bytes that the allocator of an accelerator has left; None on CPU. To be asked before a model takes any."""
+    if device.platform == "cpu":
+        return None
     stats = device.memory_stats() or {}
-    others = max(stats.get("bytes_in_use", 0) - weights, 0)
-    return stats.get("bytes_limit", 0) - others
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
 
 
 def _too_small(plan: MemoryPlan, needed: int) -> str:

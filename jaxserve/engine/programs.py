@@ -2,27 +2,27 @@
 
 import bisect
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
+from tqdm import tqdm
 
 from jaxserve.batch import Bucket, Level, Limits, State, packed_size
 from jaxserve.engine.step import ScoreMode, step
-from jaxserve.models.decoder import CausalLM
+from jaxserve.weights import ModelPlan
 
 logger = logging.getLogger(__name__)
 
 MIN_MIXED_TOKENS = 16
 MIN_EDITS = 1024
 WASTE = 4  # a program this many times too large runs rather than compiling the right one between two steps
-
-Merge = Callable[[tuple[Array, ...]], CausalLM]
 
 
 def _powers(start: int, stop: int) -> list[int]:
@@ -104,52 +104,58 @@ class CompileCounts:
         self.warm = False
 
 
-class Programs:
-    """The compiled steps, by bucket. Compilation is ahead of time and may run in parallel threads."""
+@dataclass(frozen=True)
+class StepCompiler:
+    """Makes the program of a bucket; all of it is known before any array exists.
 
-    def __init__(
-        self,
-        merge: Merge,
-        leaves: tuple[Array, ...],
-        limits: Limits,
-        mode: ScoreMode,
-        abstract_state: State,
-        *,
-        threads: int,
-    ):
-        self._merge = merge
-        self._leaves = leaves
-        self._limits = limits
-        self._mode = mode
-        self._abstract_state = abstract_state
+    Attributes:
+        state: what every step gets and returns, as shapes.
+        options: of the XLA compiler.
+    """
+
+    model: ModelPlan
+    limits: Limits
+    mode: ScoreMode
+    state: State
+    options: Mapping[str, str | bool]
+
+    def __call__(self, bucket: Bucket) -> jax.stages.Compiled:
+        """Trace, lower and compile (or find in jax's persistent cache); takes `(leaves, state, buffer)`."""
+
+        def program(leaves: tuple[Array, ...], state: State, buffer: Array) -> tuple[State, Array]:
+            return step(self.model.merge(leaves), state, buffer, bucket, self.limits, self.mode)
+
+        leaves = tuple(self.model.parameters.values())
+        buffer = jax.ShapeDtypeStruct((packed_size(bucket, self.limits),), jnp.int32)
+        lowered = jax.jit(program, donate_argnums=1).lower(leaves, self.state, buffer)
+        return lowered.compile(compiler_options=dict(self.options))
+
+
+class Programs:
+    """The compiled steps, by bucket. Compilation is ahead of time and in parallel threads."""
+
+    def __init__(self, compile_bucket: Callable[[Bucket], jax.stages.Compiled], *, threads: int):
+        self._compile_bucket = compile_bucket
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         self._programs: dict[Bucket, Future] = {}
+        self._warming: set[Future] = set()  # programs of the warm-up that are not done
         self._lock = threading.RLock()  # re-entrant: cancelling a future runs its callbacks
         self.counts = CompileCounts()
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
         start = time.perf_counter()
-
-        def program(leaves: tuple[Array, ...], state: State, buffer: Array) -> tuple[State, Array]:
-            return step(self._merge(leaves), state, buffer, bucket, self._limits, self._mode)
-
-        abstract_leaves = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._leaves
-        )
-        buffer = jax.ShapeDtypeStruct((packed_size(bucket, self._limits),), jnp.int32)
-        lowered = jax.jit(program, donate_argnums=1).lower(abstract_leaves, self._abstract_state, buffer)
-        compiled = lowered.compile()
-        self._count(bucket, time.perf_counter() - start)
-        return compiled
-
-    def _count(self, bucket: Bucket, seconds: float) -> None:
+        compiled = self._compile_bucket(bucket)
+        seconds = time.perf_counter() - start
         with self._lock:
             self.counts.total += 1
             self.counts.seconds += seconds
             late = self.counts.warm
             self.counts.after_warmup += late
-        log = logger.warning if late else logger.info
-        log("compiled %s in %.1f s%s", bucket, seconds, " after warm-up" if late else "")
+        if late:
+            logger.warning("compiled %s in %.1f s after warm-up", bucket, seconds)
+        else:
+            logger.debug("compiled %s in %.1f s", bucket, seconds)
+        return compiled
 
     def submit(self, bucket: Bucket) -> Future:
         """Start compiling a bucket unless that has been done; the future holds the compiled program."""
@@ -177,38 +183,55 @@ class Programs:
         return future.result()
 
     def choose(self, bucket: Bucket) -> Bucket:
-        """The bucket itself, or a compiled one up to `WASTE` times as large that spares compiling it now."""
-        with self._lock:
-            exact = self._programs.get(bucket)
-            if exact is not None and exact.done():
-                return bucket
-            ready = [known for known, program in self._programs.items() if program.done() and known.covers(bucket)]
-        best = min(ready, default=bucket, key=Bucket.cost)
-        return best if best.tokens <= WASTE * bucket.tokens and best.seqs <= WASTE * bucket.seqs else bucket
+        """The bucket itself, or one that covers it and whose program is ready.
 
-    def warm_up(self, buckets: Iterable[Bucket], *, wait: bool) -> None:
-        """Compile the buckets; without `wait` in the background, and then only later compilations count as late."""
-        futures = [self.submit(bucket) for bucket in buckets]
-        if wait:
-            for future in futures:
-                future.result()
-            self.counts.warm = True
-            return
-        remaining = len(futures)
-
-        def finished(_: Future) -> None:
-            nonlocal remaining
+        While the warm-up runs, any program that covers the bucket will do, and if there is none yet this waits for the
+        first. Later one up to `WASTE` times as large spares compiling the right one between two steps.
+        """
+        while True:
             with self._lock:
-                remaining -= 1
-                self.counts.warm = remaining == 0
+                if _is_ready(self._programs.get(bucket)):
+                    return bucket
+                covering = {known: future for known, future in self._programs.items() if known.covers(bucket)}
+                ready = [known for known, future in covering.items() if _is_ready(future)]
+                best = min(ready, default=None, key=Bucket.cost)
+                coming = [future for future in covering.values() if not future.done()] if self._warming else []
+                waste = math.inf if self._warming else WASTE
+            if best is not None and best.tokens <= waste * bucket.tokens and best.seqs <= waste * bucket.seqs:
+                return best
+            if not coming:
+                return bucket
+            wait(coming, return_when=FIRST_COMPLETED)
 
+    def warm_up(self, buckets: Iterable[Bucket]) -> None:
+        """Start compiling these in the background, in this order. Compilations after the last of them count as late."""
+        with self._lock:
+            futures = [self.submit(bucket) for bucket in buckets]
+            self._warming.update(futures)
         for future in futures:
-            future.add_done_callback(finished)
+            future.add_done_callback(self._warmed)
+
+    def _warmed(self, future: Future) -> None:
+        with self._lock:
+            self._warming.discard(future)
+            self.counts.warm = not self._warming
+
+    def wait(self, buckets: Iterable[Bucket], *, show_progress: bool) -> int:
+        """Wait for these programs; returns the most working memory that one of them needs, in bytes.
+
+        Raises:
+            Exception: what the compiler raised for one of them.
+        """
+        futures = [self.submit(bucket) for bucket in buckets]
+        done = as_completed(futures)
+        bar = tqdm(done, total=len(futures), desc="Compiling programs", unit="program", disable=not show_progress)
+        found = [future.result().memory_analysis() for future in bar]
+        return max((analysis.temp_size_in_bytes for analysis in found if analysis is not None), default=0)
 
     def close(self) -> None:
         """Drop what is queued and wait for what is being compiled."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, state: State, buffer: np.ndarray, bucket: Bucket) -> tuple[State, Array]:
-        """Launch one step; returns at once, `state` is consumed."""
-        return self.get(bucket)(self._leaves, state, buffer)
+
+def _is_ready(future: Future | None) -> bool:
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None

@@ -1,7 +1,9 @@
 """Everything on the device: weights, state and programs. Plans go in, results come out later."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,15 +13,21 @@ import numpy as np
 from jaxserve.batch import Bucket, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
 from jaxserve.engine.edits import step_edits
-from jaxserve.engine.memory import MemoryPlan, estimate_working, plan_memory
-from jaxserve.engine.programs import Buckets, Programs
+from jaxserve.engine.memory import MemoryPlan, estimate_working, memory_limit, plan_memory
+from jaxserve.engine.programs import Buckets, Programs, StepCompiler
 from jaxserve.engine.results import Results
 from jaxserve.engine.step import ScoreMode
 from jaxserve.kv_cache import KVCache
 from jaxserve.types import Work
-from jaxserve.weights import LoadedModel
+from jaxserve.weights import ModelPlan
 
 logger = logging.getLogger(__name__)
+
+# Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
+# most of the compilation on shrinking what needs no shrinking.
+COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
+    {"gpu": {"xla_disable_hlo_passes": "rematerialization,hlo-rematerialization"}}
+)
 
 
 @dataclass(frozen=True)
@@ -39,60 +47,82 @@ class InFlight:
 class Runner:
     """Owns the device side of one engine: launches steps and keeps the donated state.
 
+    Programs need shapes only: they compile from construction on, while the weights load; `prepare` takes those in.
     `config` is the one given, with the context shortened if the memory plan had to.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        model: ModelPlan,
         config: EngineConfig,
         device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
         *,
         threads: int,
     ) -> None:
         self.config = config
-        self._loaded = loaded
+        self._model = model
         self._device = device
         self._threads = threads
+        self._memory_limit = memory_limit(device)
         self.buckets = Buckets(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.decode_steps,
             accelerator=device.platform != "cpu",
         )
-        self.plan, self.programs = self._plan()
-        logger.info("%s", self.plan.table())
-        self._limits = self.limits(self.plan)
         self._table = SlotTable(config.max_num_seqs)
-        self._state = _zeros(self._abstract_state(self.plan))
-        if config.warmup != "none":
-            self.programs.warm_up(self.buckets.all(), wait=config.warmup == "full")
+        self._leaves: tuple[jax.Array, ...] = ()
+        self._start(estimate_working(model.model_config, self.buckets.largest, self._cache_dtype))
 
-    def _plan(self) -> tuple[MemoryPlan, Programs]:
-        """Plan with an estimate; where programs are compiled ahead anyway, let the compiler's own figure correct it."""
-        model, dtype = self._loaded.model_config, self._cache_dtype
-        working = estimate_working(model, self.buckets.largest, dtype)
-        while True:
-            plan = plan_memory(
-                self.config, model, self._device, weights=self._loaded.total_bytes, working=working, dtype=dtype
-            )
-            self.config = self.config.fitted(plan.max_model_len)
-            programs = self._programs(plan)
-            if self._device.platform == "cpu" or self.config.warmup == "none":
-                return plan, programs
-            analysis = programs.get(self.buckets.largest).memory_analysis()
-            if analysis is None or analysis.temp_size_in_bytes <= working:
-                return plan, programs
-            working = int(analysis.temp_size_in_bytes * 1.02)
-            programs.close()
+    def _start(self, working: int) -> None:
+        """Plan the memory, with so many bytes for the working memory of a step, and start compiling."""
+        self.plan = plan_memory(
+            self.config,
+            self._model.model_config,
+            self._memory_limit,
+            weights=self._model.total_bytes,
+            working=working,
+            dtype=self._cache_dtype,
+        )
+        self.config = self.config.fitted(self.plan.max_model_len)
+        self._limits = self.limits(self.plan)
+        self._abstract_state = self._shape_state(self.plan)
+        mode = ScoreMode.parse(self.config.logprobs_mode)
+        options = COMPILER_OPTIONS.get(self._device.platform, {})
+        compiler = StepCompiler(self._model, self._limits, mode, self._abstract_state, options)
+        self.programs = Programs(compiler, threads=self._threads)
+        if self.config.warmup != "none":
+            self.programs.warm_up(self.buckets.all())
+
+    def prepare(self, leaves: tuple[jax.Array, ...]) -> None:
+        """Take the weights, wait for the programs that must be there before the first request, allocate the state.
+
+        The cache was planned before any program existed. If one needs more working memory than that, all is planned
+        again with its figure; with a warm-up in the background only the largest program is waited for and checked.
+        """
+        config = self.config
+        while config.warmup != "none":
+            buckets = self.buckets.all() if config.warmup == "full" else [self.buckets.largest]
+            needed = self.programs.wait(buckets, show_progress=config.use_tqdm_on_load)
+            if needed <= self.plan.working or self._memory_limit is None:
+                break
+            logger.warning(
+                "a step needs %.2f GiB of working memory, %.2f were planned; planning again",
+                needed / 2**30, self.plan.working / 2**30,
+            )  # fmt: skip
+            self.programs.close()
+            self._start(int(needed * 1.02))
+        logger.info("%s", self.plan.table())
+        self._state = _zeros(self._abstract_state)
+        self._leaves = leaves
 
     @property
     def _cache_dtype(self) -> np.dtype:
-        return np.dtype(self._loaded.dtype)
+        return np.dtype(self._model.dtype)
 
     def limits(self, plan: MemoryPlan) -> Limits:
         """The sizes no step changes, under a memory plan."""
-        vocab = self._loaded.model_config.vocab_size
+        vocab = self._model.model_config.vocab_size
         most = self.config.max_logprobs
         return Limits(
             max_num_seqs=self.config.max_num_seqs,
@@ -102,8 +132,8 @@ class Runner:
             max_logprobs=vocab if most < 0 else min(most, vocab),
         )
 
-    def _abstract_state(self, plan: MemoryPlan) -> State:
-        model = self._loaded.model_config
+    def _shape_state(self, plan: MemoryPlan) -> State:
+        model = self._model.model_config
         shape = KVCache.shape(model.num_layers, plan.num_pages, model.num_kv_heads, plan.page_size, model.head_dim)
         sharding = jax.sharding.SingleDeviceSharding(self._device)
 
@@ -116,16 +146,6 @@ class Runner:
             last_token=array((self.config.max_num_seqs,), np.dtype(np.int32)),
         )
 
-    def _programs(self, plan: MemoryPlan) -> Programs:
-        return Programs(
-            self._loaded.merge,
-            self._loaded.leaves,
-            self.limits(plan),
-            ScoreMode.parse(self.config.logprobs_mode),
-            self._abstract_state(plan),
-            threads=self._threads,
-        )
-
     def launch(self, work: Work) -> InFlight:
         """Start a step and return at once; the copy of its results to the host is under way."""
         self._table.update(work.sequences)
@@ -135,15 +155,16 @@ class Runner:
         bucket = self.programs.choose(exact)
         limits = self._limits
         buffer = pack(work, bucket, limits, self._table, edits)
-        self._state, packed = self.programs.run(self._state, buffer, bucket)
+        self._state, packed = self.programs.get(bucket)(self._leaves, self._state, buffer)
         packed.copy_to_host_async()
         return InFlight(work, bucket, limits, packed)
 
     def close(self) -> None:
         """Stop compiling and free the device state."""
         self.programs.close()
-        for array in jax.tree.leaves(self._state):
-            array.delete()
+        if self._leaves:
+            for array in jax.tree.leaves(self._state):
+                array.delete()
 
 
 def _zeros(state: State) -> State:

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
+from jaxserve.checkpoints import find_model, read_generation_config, read_hf_config
 from jaxserve.config import EngineArgs, EngineConfig, load_generation_config, merge_overrides, resolve
 from jaxserve.engine.runner import Runner
 from jaxserve.text import Tokenizer, load_tokenizer
-from jaxserve.weights import find_model, load_model, read_generation_config, read_hf_config
+from jaxserve.weights import load_weights, plan_model
 from sharding.mesh import make_mesh
 
 
@@ -27,7 +28,7 @@ class Parts:
 
 
 def build_parts(args: EngineArgs) -> Parts:
-    """Load everything an engine needs; the tokenizer loads beside the weights.
+    """Load everything an engine needs; the tokenizer and the weights load while the programs compile.
 
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
@@ -48,18 +49,21 @@ def build_parts(args: EngineArgs) -> Parts:
     use_compilation_cache(config.compilation_cache_dir)
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
         tokenizer = pool.submit(_load_tokenizer, args, path)
-        loaded = load_model(
+        model = plan_model(
             path,
             hf_config=hf_config,
             dtype=config.dtype,
             load_format=config.load_format,
             mesh=make_mesh(devices=[device]),
             max_model_len=config.max_model_len,
-            seed=config.seed,
-            show_progress=config.use_tqdm_on_load,
         )
-        runner = Runner(loaded, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
-        return Parts(runner.config, tokenizer.result(), runner)
+        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
+        try:
+            runner.prepare(load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load))
+            return Parts(runner.config, tokenizer.result(), runner)
+        except BaseException:
+            runner.close()
+            raise
 
 
 def _generation_config(args: EngineArgs, path: Path) -> Mapping[str, Any]:

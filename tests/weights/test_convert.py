@@ -10,7 +10,8 @@ from tiny_checkpoints import CONFIG, write_folder
 
 from jaxserve.checkpoints import CheckpointError, read_generation_config, read_hf_config
 from jaxserve.checkpoints.orbax import MANIFEST
-from jaxserve.weights import convert, load_model
+from jaxserve.convert import convert
+from jaxserve.weights import load_model
 from sharding.mesh import make_mesh
 
 

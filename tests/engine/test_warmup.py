@@ -1,0 +1,121 @@
+"""Compilation ahead of time: order, waiting, substitutes, late ones."""
+
+import threading
+import time
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import jax
+import pytest
+
+from jaxserve.batch import Bucket, Level
+from jaxserve.engine.programs import Programs
+
+
+class Compiler:
+    """Compiles when it is allowed to: `allow` a bucket, or set `all_allowed`."""
+
+    def __init__(self) -> None:
+        self.gates: dict[Bucket, threading.Event] = {}
+        self.compiled: list[Bucket] = []
+
+    def allow(self, bucket: Bucket) -> None:
+        self.gates.setdefault(bucket, threading.Event()).set()
+
+    def __call__(self, bucket: Bucket):
+        assert self.gates.setdefault(bucket, threading.Event()).wait(10)
+        self.compiled.append(bucket)
+        if bucket.tokens == 17:
+            raise RuntimeError("no room for seventeen")
+        program = Mock(spec=jax.stages.Compiled, bucket=bucket)
+        program.memory_analysis.return_value = SimpleNamespace(temp_size_in_bytes=bucket.tokens)
+        return program
+
+
+SMALL, LARGE, MIXED = Bucket(4, 4), Bucket(64, 64), Bucket(64, 32, Level.SAMPLE, 1024)
+
+
+@pytest.fixture
+def compiler():
+    compiler = Compiler()
+    yield compiler
+    for gate in list(compiler.gates.values()):
+        gate.set()
+
+
+def soon(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_during_the_warmup_the_first_program_that_covers_serves(compiler):
+    programs = Programs(compiler, threads=3)
+    programs.warm_up([SMALL, LARGE, MIXED])
+    compiler.allow(MIXED)  # covers no decode
+    chosen: list[Bucket] = []
+    thread = threading.Thread(target=lambda: chosen.append(programs.choose(SMALL)))
+    thread.start()
+    soon(lambda: compiler.compiled == [MIXED])
+    assert not chosen
+    compiler.allow(LARGE)
+    thread.join(10)
+    assert chosen == [LARGE]
+    assert programs.choose(SMALL) == LARGE  # without waiting, however large
+    compiler.allow(SMALL)
+    soon(lambda: programs.choose(SMALL) == SMALL)
+    soon(lambda: programs.counts.warm)
+    assert programs.counts.total == 3
+    assert programs.counts.after_warmup == 0
+    programs.close()
+
+
+def test_after_the_warmup_large_substitutes_are_refused_and_compilations_counted(compiler):
+    programs = Programs(compiler, threads=2)
+    for bucket in (SMALL, LARGE, Bucket(32, 32), Bucket(2, 2), Bucket(8, 8, steps=8)):
+        compiler.allow(bucket)
+    programs.warm_up([LARGE])
+    assert programs.wait([LARGE], show_progress=False) == 64
+    soon(lambda: programs.counts.warm)
+    assert programs.choose(Bucket(32, 32)) == LARGE
+    assert programs.choose(SMALL) == SMALL  # 16 times smaller: compile it
+    assert programs.get(SMALL).bucket == SMALL
+    assert programs.counts.after_warmup == 1
+    assert programs.choose(Bucket(2, 2)) == SMALL
+    programs.close()
+
+
+def test_a_program_that_is_needed_now_goes_before_what_is_queued(compiler):
+    programs = Programs(compiler, threads=1)
+    programs.warm_up([LARGE, MIXED, SMALL])
+    compiler.allow(SMALL)
+    assert programs.get(SMALL).bucket == SMALL  # the only thread still waits for LARGE
+    assert compiler.compiled == [SMALL]
+    compiler.allow(LARGE)
+    compiler.allow(MIXED)
+    assert programs.wait([LARGE, MIXED, SMALL], show_progress=False) == 64
+    assert programs.counts.total == 3
+    programs.close()
+
+
+def test_a_failed_compilation_reaches_who_waits_and_nothing_else(compiler):
+    programs, bad = Programs(compiler, threads=2), Bucket(17, 17)
+    compiler.allow(bad)
+    programs.warm_up([bad, LARGE])
+    with pytest.raises(RuntimeError, match="seventeen"):
+        programs.wait([bad], show_progress=False)
+    compiler.allow(LARGE)
+    programs.wait([LARGE], show_progress=False)
+    assert programs.choose(bad) == LARGE
+    programs.close()
+
+
+def test_closing_drops_what_is_queued(compiler):
+    programs = Programs(compiler, threads=1)
+    programs.warm_up([LARGE, MIXED])
+    soon(lambda: LARGE in compiler.gates)
+    compiler.allow(LARGE)
+    compiler.allow(MIXED)
+    programs.close()
+    assert compiler.compiled in ([LARGE], [LARGE, MIXED])
