@@ -2,12 +2,16 @@
 
 An implementation is a function with the op's own arguments. It raises `NotImplementedError`, naming the values, when
 it cannot serve a call (wrong platform, unsupported shape, missing feature); the next one in the table is tried then.
+Each choice is logged at level INFO with the reasons against the better ones, as often as a call is traced.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ class Op[**Arguments, Result]:
         reasons = []
         for name in self.table if implementation is None else (implementation,):
             try:
-                return name, self.table[name](*args, **kwargs)
+                result = self.table[name](*args, **kwargs)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
+            else:
+                logger.info("%s: %s%s", self.name, name, f" ({'; '.join(reasons)})" if reasons else "")
+                return name, result
         raise NotImplementedError(f"{self.name} cannot serve this call: " + "; ".join(reasons))

@@ -86,14 +86,34 @@ def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:
     )
 
 
+class Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        return message not in self._seen and not self._seen.add(message)
+
+
 def show_messages() -> None:
-    """Show the engine's messages (memory plan, compilations) on stderr, unless the program has set up logging."""
-    logger = logging.getLogger("jaxserve")
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+    """Show messages (memory plan, which kernel serves each op, compilations) on stderr, unless logging is set up.
+
+    Kernels are chosen whenever a program is traced; each choice is shown once in either case.
+    """
+    choices = logging.getLogger("pallas_kernels.dispatch")
+    if not any(isinstance(one, Once) for one in choices.filters):
+        choices.addFilter(Once())
+    for name in ("jaxserve", "pallas_kernels"):
+        logger = logging.getLogger(name)
+        if not logger.hasHandlers():
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
 
 
 def set_memory_fraction(fraction: float) -> None:

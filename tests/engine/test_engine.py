@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import logging
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -229,6 +231,22 @@ def test_full_warmup_leaves_nothing_to_compile(tiny_model: Path, compilation_cac
     assert count(llm.get_metrics(), "compilations_after_warmup") == 0
     llm.generate(PROMPTS[0], dataclasses.replace(GREEDY, prompt_logprobs=1), use_tqdm=False)
     assert count(llm.get_metrics(), "compilations_after_warmup") == 1
+    llm.close()
+
+
+def test_each_choice_of_a_kernel_is_logged_once(
+    tiny_model: Path, compilation_cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices = logging.getLogger("pallas_kernels.dispatch")
+    for one in list(choices.filters):  # what engines of other tests have said
+        choices.removeFilter(one)
+    jax.clear_caches()
+    with caplog.at_level(logging.INFO, "pallas_kernels.dispatch"):
+        llm = build(tiny_model, compilation_cache)
+        for prompts in (PROMPTS[:1], PROMPTS[:3]):
+            llm.generate(prompts, RANDOM, use_tqdm=False)
+    assert len(caplog.messages) == len(set(caplog.messages))
+    assert {message.partition(":")[0] for message in caplog.messages} >= {"paged_attention"}
     llm.close()
 
 

@@ -40,6 +40,14 @@ def test_by_name_means_it_or_failure():
         OP("abacus", jnp.ones(8))
 
 
+def test_the_choice_is_logged_with_the_reasons_against_better_ones(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "pallas_kernels.dispatch"):
+        OP(None, jnp.ones(8))
+        OP(None, jnp.ones(7))
+    reason = "mosaic_gpu: x.shape[0]=7 is not a multiple of 8"
+    assert caplog.messages == ["scale: mosaic_gpu", f"scale: xla ({reason})"]
+
+
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, "int32")
 
