@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
             print(offline.table_row(results[-1]), file=table, flush=True)
     finally:
         engine.close()
+    if late := sum(result.compilations_after_warmup for result in results):
+        print(f"warning: {late} programs were compiled during timed runs, whose times include that", file=sys.stderr)
     if args.output_json is not None:
         write_json(args.output_json, offline.report(workload, results, about))
     if args.plot is not None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.bench import offline
 from jaxserve.bench.offline import quantile
 from jaxserve.bench.workload import Workload
 from jaxserve.cli import main
@@ -50,10 +51,24 @@ def test_the_command(tmp_path: Path, small: list[str], capsys: pytest.CaptureFix
         assert result["input_tokens"] == sum(len(prompt["prompt_token_ids"]) for prompt, _ in expected)
         assert result["output_tokens_per_second"] > 0
         assert 0 < result["time_to_first_token_median"] <= result["time_to_first_token_p99"] < result["seconds"]
+        assert result["compilations_after_warmup"] == 0
     assert found["workload"]["range_ratio"] == 0.5
+    assert found["compilations_after_warmup"] == 0
     assert found["dtype"] == "float32"
     if importlib.util.find_spec("matplotlib"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compilations_in_timed_runs_are_flagged(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    compiled = iter([7, 9])  # after the run that is not timed, and at the end
+    monkeypatch.setattr(offline, "count", lambda engine, name: next(compiled))
+    sizes = ["--batch-sizes", "1", "--input-len", "9", "--output-len", "5"]
+    assert main(["bench", "offline", *sizes, "--output-json", "-", *small]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["compilations_after_warmup"] == 2
+    assert "2 programs were compiled during timed runs" in captured.err
 
 
 def test_a_request_that_does_not_fit_is_said(small: list[str], capsys: pytest.CaptureFixture[str]):
