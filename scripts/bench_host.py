@@ -128,7 +128,7 @@ class HostRunner:
         return InFlight(work, bucket, self._limits, cast(jax.Array, packed))
 
 
-def build(case: Case, tokenizer: Tokenizer, clock: Clock) -> LLMEngine:
+def build(case: Case, tokenizer: Tokenizer | None, clock: Clock) -> LLMEngine:
     """An engine whose parts are timed."""
     args = EngineArgs(decode_steps=case.decode_steps, disable_log_stats=not case.stats, max_num_seqs=SEQUENCES)
     config = resolve(args, HF_CONFIG, {}, "gpu")
@@ -142,7 +142,7 @@ def build(case: Case, tokenizer: Tokenizer, clock: Clock) -> LLMEngine:
     return engine
 
 
-def measure(case: Case, tokenizer: Tokenizer, steps: int) -> dict[str, Any]:
+def measure(case: Case, tokenizer: Tokenizer | None, steps: int) -> dict[str, Any]:
     """Fill the engine, then time `steps` steps while every slot is busy."""
     clock = Clock()
     engine = build(case, tokenizer, clock)
@@ -181,8 +181,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each case")
     parser.add_argument("--only", help="run the cases whose name contains this")
     parser.add_argument("--output-json", help="where to write the results")
+    parser.add_argument("--no-tokenizer", action="store_true", help="make no text; needs no embedded model")
     args = parser.parse_args()
-    tokenizer = load_tokenizer(find_model(None))
+    tokenizer = None if args.no_tokenizer else load_tokenizer(find_model(None))
     rows = []
     for case in CASES:
         if args.only is None or args.only in case.name:

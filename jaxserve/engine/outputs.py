@@ -153,14 +153,20 @@ class OutputProcessor:
             self._add_prompt_logprobs(work, results.prompt)
         if results.rows is not None:
             self._add_logprobs(work, results.rows, gained)
-        changed: dict[RequestRecord, list[Continuation]] = {}
+        outputs: list[RequestOutput | None] = []
+        changed: dict[RequestRecord, list[Continuation]] = {}  # of requests with several continuations
         for sequence in gained:
             if sequence.needs_host or sequence.status is Status.FINISHED:
                 continuation = self._continuations[sequence]
                 if continuation.watched:
                     self._check_text(continuation)
-                changed.setdefault(continuation.record, []).append(continuation)
-        return [output for record, some in changed.items() if (output := self._emit(record, some, now))]
+                record = continuation.record
+                if len(record.continuations) == 1:
+                    outputs.append(self._emit(record, record.continuations, now))
+                else:
+                    changed.setdefault(record, []).append(continuation)
+        outputs += [self._emit(record, some, now) for record, some in changed.items()]
+        return [output for output in outputs if output is not None]
 
     def close(self, record: RequestRecord, error: str | None = None) -> RequestOutput | None:
         """The last output of a request whose sequences were ended from outside (aborted or failed)."""
