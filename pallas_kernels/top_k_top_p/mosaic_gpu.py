@@ -1,18 +1,21 @@
 """The sampling floor on Hopper GPUs: one pass over the logits, then an exact search among the few that can matter.
 
-`gather` cuts each row into `PARTS` x 128 lanes of V / (128 PARTS) logits. Every lane keeps its `KEEP` largest and the
-sum of its exponentials. Lanes take every (128 PARTS)-th logit, so neighbours in the vocabulary, which tend to be likely
+`gather` cuts each row into `parts` x 128 lanes of V / (128 parts) logits. Every lane keeps its `keep` largest and the
+sum of its exponentials. Lanes take every (128 parts)-th logit, so neighbours in the vocabulary, which tend to be likely
 together, fall into different lanes.
 
 `search` gives each row to one block of threads. All logits above the largest of the lanes' smallest kept ones (the
-`rim`) are known to be on the lists. Where the answer is among these, it is found there by comparing the lists, held in
-registers, with three thresholds at a time, in the integer order of the floats. Elsewhere (sets of many thousands of
-tokens, or many equal logits) the same search goes over the row itself.
+rim) are known to be on the lists. Where the floor is among these, it is found by comparing the lists with three
+thresholds at a time, in the integer order of the floats. Elsewhere (sets of many thousands of tokens, or many equal
+logits) the same search goes over the row itself.
 
 Both kernels skip rows that use no filter.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +26,27 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import require_hopper
 
+Ref = Any  # a jax.Ref or a part of one, for which pallas has no public type
+
 LANES = 128  # threads of a warpgroup: one logit each per vector
-PARTS = 16  # blocks that share a row in `gather`
-KEEP = 8  # logits each lane keeps
-UNROLL = 8  # vectors in flight per warpgroup
-WARPGROUPS = 2  # of a block of `search`
-LOWEST = -3.0e38  # stands for -inf where differences are taken
+LOWEST = -1.0e38  # stands for -inf where differences are taken
+LIST_BITS, ROW_BITS = 2, 3  # found by one pass over the lists, the row
 
 VECTOR = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 # The same values in each warp, 4 a lane: sums of these need no memory, which two warpgroups would have to share.
 SHARED = plgpu.Layout.TILED(
     plgpu.Tiling(((LANES,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1
 )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is cut."""
+
+    parts: int = 16  # blocks that share a row in `gather`
+    keep: int = 8  # logits each lane keeps
+    unroll: int = 8  # vectors in flight per warpgroup
+    warpgroups: int = 4  # of a block of `search`; they divide `parts`
 
 
 def top_k_top_p_floor(
@@ -56,32 +68,39 @@ def floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    sizes: Sizes = Sizes(),
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "S"]:
     """The kernels on whatever device they are lowered for."""
     top_k = jnp.where((top_k > 0) & (top_k < logits.shape[1]), top_k, 0)
     active = ((top_k > 0) | (top_p < 1) | (min_p > 0)).astype(jnp.int32)
-    best, sums = gather(logits, active, interpret)
-    return search(logits, active, top_k, top_p, jnp.log(min_p), best, sums, interpret)
+    best, sums = gather(logits, active, sizes, interpret)
+    return search(logits, active, top_k, top_p, jnp.log(min_p), best, sums, sizes, interpret)
 
 
 def gather(
-    logits: Float[Array, "S V"], active: Int[Array, "S"], interpret: plgpu.InterpretGPUParams | None
-) -> tuple[Float[Array, "S K W"], Float[Array, "S W"]]:
-    """The `K` largest logits of each of `W` lanes in descending order, and the sums of `exp(logit - largest)`.
+    logits: Float[Array, "S V"],
+    active: Int[Array, "S"],
+    sizes: Sizes,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> tuple[Float[Array, "S KW"], Float[Array, "S W"]]:
+    """The `K` largest logits of each of `W` lanes, rank by rank, and the sums of `exp(logit - largest)`.
 
     Lanes with fewer logits are filled up with -inf. Rows that are not `active` stay undefined.
     """
     rows, size = logits.shape
-    groups = pl.cdiv(size, LANES * PARTS * UNROLL)
+    groups = pl.cdiv(size, LANES * sizes.parts * sizes.unroll)
 
-    def body(active_ref: jax.Ref, logits_ref: jax.Ref, best_ref: jax.Ref, sums_ref: jax.Ref) -> None:
+    def body(active_ref: Ref, logits_ref: Ref, best_ref: Ref, sums_ref: Ref) -> None:
         row, part = lax.axis_index("row"), lax.axis_index("part")
 
         def group(i: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
             best, total = carry
             old = jnp.maximum(best[0], LOWEST)
-            vectors = [_load(logits_ref.at[row], (i * UNROLL + u) * PARTS + part, size) for u in range(UNROLL)]
+            vectors = [
+                _load(logits_ref.at[row], (i * sizes.unroll + u) * sizes.parts + part, size)
+                for u in range(sizes.unroll)
+            ]
             for vector in vectors:
                 best = _insert(best, vector)
             new = jnp.maximum(best[0], LOWEST)
@@ -89,20 +108,21 @@ def gather(
 
         @pl.when(active_ref[row] > 0)
         def _() -> None:
-            best, total = lax.fori_loop(0, groups, group, ([_full(-jnp.inf)] * KEEP, _full(0.0)))
+            best, total = lax.fori_loop(0, groups, group, ([_full(-jnp.inf)] * sizes.keep, _full(0.0)))
             lanes = pl.ds(part * LANES, LANES)
             for rank, values in enumerate(best):
-                best_ref[row, rank, lanes] = values
+                best_ref[row, pl.ds((rank * sizes.parts + part) * LANES, LANES)] = values
             sums_ref[row, lanes] = total
 
-    width = PARTS * LANES
+    width = sizes.parts * LANES
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((rows, KEEP, width), jnp.float32),
+            jax.ShapeDtypeStruct((rows, sizes.keep * width), jnp.float32),
             jax.ShapeDtypeStruct((rows, width), jnp.float32),
         ),
-        grid=(rows, PARTS), grid_names=("row", "part"), num_threads=1, thread_name="warpgroup", interpret=interpret,
+        grid=(rows, sizes.parts), grid_names=("row", "part"), num_threads=1, thread_name="warpgroup",
+        interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(active, logits)  # fmt: skip
 
@@ -111,12 +131,16 @@ def _full(value: float) -> Float[Array, "128"]:
     return plgpu.layout_cast(jnp.full((LANES,), value, jnp.float32), VECTOR)
 
 
-def _load(row_ref: jax.Ref, index: Array, size: int) -> Float[Array, "128"]:
+def _load(row_ref: Ref, index: Array, size: int) -> Float[Array, "128"]:
     """Vector `index` of a row of `size` logits; -inf past the end. The last vectors are read from further left."""
     start = jnp.minimum(index * LANES, size - LANES)
-    values = plgpu.load(row_ref.at[pl.ds(start, LANES)], layout=VECTOR, optimized=False)
+    values = _read(row_ref.at[pl.ds(start, LANES)])
     lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=VECTOR)
     return jnp.where(lane >= index * LANES - start, values, -jnp.inf)
+
+
+def _read(ref: Ref) -> Float[Array, "128"]:
+    return plgpu.load(ref, layout=VECTOR, optimized=False)
 
 
 def _insert(best: list[Array], values: Array) -> list[Array]:
@@ -134,16 +158,19 @@ def search(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     log_min_p: Float[Array, "S"],
-    best: Float[Array, "S K W"],
+    best: Float[Array, "S KW"],
     sums: Float[Array, "S W"],
+    sizes: Sizes,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Float[Array, "S"]:
     """The floor of each row; -inf for rows that are not `active`. `top_k` is 0 where it is off."""
     rows, size = logits.shape
-    share = PARTS // WARPGROUPS  # vectors of a list rank per warpgroup
+    width, groups, unroll = sums.shape[1], sizes.warpgroups, sizes.unroll
+    share = width // LANES // groups  # vectors of a rank per warpgroup
+    most = max(sizes.keep, 2**ROW_BITS - 1)  # vectors that are reduced at once
 
     def body(logits_ref, active_ref, k_ref, p_ref, min_ref, best_ref, sums_ref, out_ref, scratch, barrier) -> None:
-        row, group = lax.axis_index("row"), lax.axis_index("warpgroup")
+        row, group, nothing = lax.axis_index("row"), lax.axis_index("warpgroup"), jnp.float32(-jnp.inf)
 
         def across(partials: Sequence[Array], reduce: Callable) -> list[Array]:
             """Scalars from one vector per warpgroup each."""
@@ -157,77 +184,66 @@ def search(
             plgpu.barrier_wait(barrier)
             return totals
 
-        def add(partials: Sequence[Array]) -> list[Array]:
-            return across(partials, jnp.sum)
-
-        def read(ref: jax.Ref, i: int) -> Array:
-            return plgpu.load(ref.at[pl.ds((group * share + i) * LANES, LANES)], layout=VECTOR, optimized=False)
+        def read(ref: Ref, rank: int | Array = 0) -> list[Array]:
+            """This warpgroup's share of a rank."""
+            first = rank * width + group * share * LANES
+            return [_read(ref.at[row, pl.ds(first + i * LANES, LANES)]) for i in range(share)]
 
         def row_floor() -> Array:
-            ranks = [[read(best_ref.at[row, rank], i) for i in range(share)] for rank in range(KEEP)]
-            top, rim = (_fold(jnp.maximum, ranks[rank]) for rank in (0, KEEP - 1))
-            top, rim = across((top, rim), jnp.max)
-            base = jnp.maximum(top, LOWEST)
-            sum_parts = [
-                read(sums_ref.at[row], i) * jnp.exp(jnp.maximum(m, LOWEST) - base) for i, m in enumerate(ranks[0])
-            ]
-            (everything,) = add([_fold(jnp.add, sum_parts)])
-            listed = [values for rank in ranks for values in rank]
-            weights = [jnp.exp(values - base) for values in listed]
-            k, p, low = k_ref[row].astype(jnp.float32), p_ref[row], top + min_ref[row]
+            maxima = [functools.reduce(jnp.maximum, read(best_ref, rank)) for rank in range(sizes.keep)]
+            tops = across(maxima, jnp.max)  # of each rank
+            base, last, bottom = jnp.maximum(tops[0], LOWEST), _order(tops[0]), _order(tops[-1]) + 1
+            pairs = zip(read(sums_ref), read(best_ref), strict=True)
+            parts = [total * jnp.exp(jnp.maximum(best, LOWEST) - base) for total, best in pairs]
+            (everything,) = across([functools.reduce(jnp.add, parts)], jnp.sum)
+            k, p, low = k_ref[row].astype(jnp.float32), p_ref[row], tops[0] + min_ref[row]
 
-            def count_listed(thresholds: Sequence[Array]) -> list[Array]:
-                return add([_fold(jnp.add, [jnp.where(x >= t, 1.0, 0.0) for x in listed]) for t in thresholds])
+            def add(counting: Array, thresholds: list[Array], totals: list[Array], vectors: list[Array]) -> list[Array]:
+                for values in vectors:
+                    weights = jnp.where(counting, 1.0, jnp.exp(values - base))
+                    pairs = zip(totals, thresholds, strict=True)
+                    totals = [total + jnp.where(values >= t, weights, 0.0) for total, t in pairs]
+                return totals
 
-            def weigh_listed(thresholds: Sequence[Array]) -> list[Array]:
-                pairs = list(zip(listed, weights, strict=True))
-                return add([_fold(jnp.add, [jnp.where(x >= t, w, 0.0) for x, w in pairs]) for t in thresholds])
+            def over_lists(counting: Array, thresholds: list[Array]) -> list[Array]:
+                def rank(i: Array, totals: list[Array]) -> list[Array]:
+                    return add(counting, thresholds, totals, read(best_ref, i))
 
-            def over_row(weight: Callable, thresholds: Sequence[Array]) -> list[Array]:
-                def step(i: Array, sums: list[Array]) -> list[Array]:
-                    for u in range(UNROLL):
-                        x = _load(logits_ref.at[row], (i * UNROLL + u) * WARPGROUPS + group, size)
-                        w = weight(x)
-                        sums = [s + jnp.where(x >= t, w, 0.0) for s, t in zip(sums, thresholds, strict=True)]
-                    return sums
+                used = sum((top >= thresholds[0]).astype(jnp.int32) for top in tops)
+                return across(lax.fori_loop(0, used, rank, [_full(0.0) for _ in thresholds]), jnp.sum)
 
-                groups = pl.cdiv(size, LANES * WARPGROUPS * UNROLL)
-                return add(lax.fori_loop(0, groups, step, [_full(0.0) for _ in thresholds]))
+            def over_row(counting: Array, thresholds: list[Array]) -> list[Array]:
+                def some(i: Array, totals: list[Array]) -> list[Array]:
+                    indices = [(i * unroll + u) * groups + group for u in range(unroll)]
+                    return add(counting, thresholds, totals, [_load(logits_ref.at[row], j, size) for j in indices])
 
-            def count_all(thresholds: Sequence[Array]) -> list[Array]:
-                return over_row(jnp.ones_like, thresholds)
+                steps = pl.cdiv(size, LANES * groups * unroll)
+                return across(lax.fori_loop(0, steps, some, [_full(0.0) for _ in thresholds]), jnp.sum)
 
-            def weigh_all(thresholds: Sequence[Array]) -> list[Array]:
-                return over_row(lambda x: jnp.exp(x - base), thresholds)
+            def find(measure: Callable, bottom: Array, bits: int) -> tuple[Array, Array]:
+                """The floor, and whether values from `bottom` on suffice to know it."""
 
-            last = _order(top)
-            inside = _order(rim) + 1  # thresholds from here on are decided by the lists
-            nothing = jnp.float32(-jnp.inf)
+                def stage(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+                    """First raise the floor of min-p to that of top-k, then to that of top-p."""
+                    (floor, known), counting = found, i == 0
+                    filtered = ~counting & (floor > nothing)
+                    kept = lax.cond(filtered, lambda: measure(counting, [floor])[0], lambda: everything)
+                    need = jnp.where(counting, k, p * kept)
+                    # If all logits were under this, they would not have the share 1 - p.
+                    least = jnp.where(counting, nothing, base + jnp.log((1 - p) * kept / size) - 0.01)
+                    start = jnp.maximum(jnp.maximum(_order(floor), _order(least)), bottom)
+                    on = jnp.where(counting, k > 0, p < 1)
+                    order = _largest(functools.partial(measure, counting), need, jnp.where(on, start, last), last, bits)
+                    sure = (order > bottom) & (~filtered | (_order(floor) > bottom))
+                    return jnp.where(on, jnp.maximum(floor, _value(order)), floor), known & (sure | ~on)
 
-            (enough,) = count_listed([rim])
-            kth = _value(_largest(count_listed, k, jnp.where(k > 0, inside - 1, last), last))
-            first = jnp.maximum(low, jnp.where(k > 0, kth, nothing))
-            (kept,) = weigh_listed([first])
-            budget = p * jnp.where(first > rim, kept, everything)
-            (above,) = weigh_listed([_value(inside)])
-            start = jnp.maximum(inside, _order(first))
-            nucleus = _value(_largest(weigh_listed, budget, jnp.where(p < 1, start, last), last))
-            found = jnp.where(p < 1, jnp.maximum(nucleus, first), first)
-            known_k = (k == 0) | (enough >= k)
-            known_p = (p >= 1) | (first > rim) | ((first == nothing) & (above >= budget))
+                return lax.fori_loop(0, 2, stage, (low, jnp.bool_(True)))
 
-            def over_all() -> Array:
-                bottom = _order(nothing)
-                kth = _value(_largest(count_all, k, jnp.where(k > 0, bottom, last), last))
-                first = jnp.maximum(low, jnp.where(k > 0, kth, nothing))
-                (kept,) = weigh_all([first])
-                start = jnp.where(p < 1, _order(first), last)
-                nucleus = _value(_largest(weigh_all, p * kept, start, last))
-                return jnp.where(p < 1, jnp.maximum(nucleus, first), first)
+            floor, known = find(over_lists, bottom, LIST_BITS)
+            # This way round, since the branch of the false condition is lowered twice.
+            return lax.cond(~known, lambda: find(over_row, _order(nothing), ROW_BITS)[0], lambda: floor)
 
-            return lax.cond(known_k & known_p, lambda: found, over_all)
-
-        result = lax.cond(active_ref[row] > 0, row_floor, lambda: jnp.float32(-jnp.inf))
+        result = lax.cond(active_ref[row] > 0, row_floor, lambda: nothing)
 
         @pl.when(group == 0)
         def _() -> None:
@@ -235,37 +251,37 @@ def search(
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((rows,), jnp.float32),
-        grid=(rows,), grid_names=("row",), num_threads=WARPGROUPS, thread_name="warpgroup", interpret=interpret,
-        scratch_types=[plgpu.SMEM((3, WARPGROUPS * LANES), jnp.float32), plgpu.Barrier(num_arrivals=WARPGROUPS)],
+        grid=(rows,), grid_names=("row",), num_threads=groups, thread_name="warpgroup", interpret=interpret,
+        scratch_types=[plgpu.SMEM((most, groups * LANES), jnp.float32), plgpu.Barrier(num_arrivals=groups)],
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(logits, active, top_k, top_p, log_min_p, best, sums)  # fmt: skip
 
 
-def _fold(join: Callable, vectors: Sequence[Array]) -> Array:
-    """Join pairwise, for short chains of dependent instructions."""
-    while len(vectors) > 1:
-        pairs = [join(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=False)]
-        vectors = pairs + list(vectors[len(pairs) * 2 :])
-    return vectors[0]
-
-
-def _largest(measure: Callable[[Sequence[Array]], list[Array]], need: Array, low: Array, high: Array) -> Int[Array, ""]:
+def _largest(
+    measure: Callable[[list[Array]], list[Array]], need: Array, low: Array, high: Array, bits: int
+) -> Int[Array, ""]:
     """The largest integer of `low` to `high` whose float has `measure >= need`, known to hold at `low`.
 
-    `measure` falls from float to float. Every round tries three thresholds.
+    `measure` falls from float to float. Every round tries `2**bits - 1` thresholds.
     """
 
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        second = _middle(low, high)
-        first, third = _middle(low, second - 1), _middle(second, high)
-        holds = [value >= need for value in measure([_value(t) for t in (first, second, third)])]
-        above = jnp.where(holds[0], second - 1, first - 1)
-        above = jnp.where(holds[1], third - 1, above)
-        below = jnp.where(holds[1], second, jnp.where(holds[0], first, low))
-        return jnp.where(holds[2], third, below), jnp.where(holds[2], high, above)
+        orders = _between(low, high, bits)
+        for order, value in zip(orders, measure([_value(order) for order in orders]), strict=True):
+            low = jnp.where(value >= need, jnp.maximum(low, order), low)
+            high = jnp.where(value >= need, high, jnp.minimum(high, order - 1))
+        return low, high
 
-    return lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, high))[0]
+    return lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))[0]
+
+
+def _between(low: Array, high: Array, bits: int) -> list[Array]:
+    """Ascending integers that cut a range into `2**bits` about equal parts."""
+    if bits == 0:
+        return []
+    middle = _middle(low, high)
+    return [*_between(low, middle - 1, bits - 1), middle, *_between(middle, high, bits - 1)]
 
 
 def _middle(low: Int[Array, ""], high: Int[Array, ""]) -> Int[Array, ""]:

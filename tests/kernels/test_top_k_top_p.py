@@ -1,11 +1,14 @@
 """Every implementation of `top_k_top_p_floor` against a float64 sort."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.top_k_top_p import top_k_top_p_floor
+from pallas_kernels.top_k_top_p import mosaic_gpu, top_k_top_p_floor
 
 
 def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -20,37 +23,95 @@ def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> n
         kept &= x >= np.sort(np.where(kept, x, -np.inf))[-top_k]
     if top_p < 1:
         probs = np.where(kept, probs, 0) / probs[kept].sum()
-        larger = np.array([probs[x > value].sum() for value in x])
+        order = np.sort(x)[::-1]
+        above = np.append(0, np.cumsum(probs[np.argsort(-x)]))
+        larger = above[np.searchsorted(-order, -x)]
         kept &= (larger < top_p) | (larger == 0)
     return kept
 
 
-def run(logits, top_k, top_p, min_p, implementation="xla") -> np.ndarray:
+def as_arrays(logits, top_k, top_p, min_p) -> list[jax.Array]:
     types = (np.float32, np.int32, np.float32, np.float32)
-    args = [jnp.asarray(x, t) for x, t in zip((logits, top_k, top_p, min_p), types, strict=True)]
-    floor = jax.jit(lambda *a: top_k_top_p_floor(*a, implementation=implementation))(*args)
-    return np.where(args[0] >= np.asarray(floor)[:, None], args[0], -np.inf)
+    return [jnp.asarray(x, t) for x, t in zip((logits, top_k, top_p, min_p), types, strict=True)]
 
 
-def check(logits, top_k, top_p, min_p, implementation="xla") -> None:
+def run(logits, top_k, top_p, min_p, floor=top_k_top_p_floor) -> np.ndarray:
+    args = as_arrays(logits, top_k, top_p, min_p)
+    return np.where(args[0] >= np.asarray(jax.jit(floor)(*args))[:, None], args[0], -np.inf)
+
+
+def check(logits, top_k, top_p, min_p, floor=top_k_top_p_floor) -> None:
     logits = np.asarray(logits, np.float32)
-    out = run(logits, top_k, top_p, min_p, implementation)
+    out = run(logits, top_k, top_p, min_p, floor)
     for row in range(len(logits)):
         kept = brute_force(logits[row], top_k[row], np.float32(top_p[row]), np.float32(min_p[row]))
         np.testing.assert_array_equal(out[row], np.where(kept, logits[row], -np.inf), err_msg=f"{row=}")
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("small", [False, True])
-def test_matches_sorting(implementation: str, spread: float, small: bool):
+def test_matches_sorting(spread: float, small: bool):
     """With `small`, every row's set is among its best few tokens, which the reference treats apart."""
     rng = np.random.default_rng(int(spread))
     logits = rng.standard_normal((24, 257)).astype(np.float32) * spread
     top_k = rng.choice([1, 2, 7, 100, 128] if small else [-1, 0, 1, 2, 7, 100, 129, 256, 257, 1000], 24)
     top_p = rng.choice([1.0, 1.5, 0.9137, 0.5211, 0.1, 1e-6], 24)
     min_p = rng.choice([0.0, 0.0, 0.0313, 0.21], 24)
-    check(logits, top_k, top_p, min_p, implementation)
+    check(logits, top_k, top_p, min_p)
+
+
+def test_kernels_in_the_interpreter():
+    """Lanes this short make some rows take the lists, some the whole row."""
+    logits = np.random.default_rng(0).standard_normal((7, 520)) * 3
+    logits[4] = np.round(logits[4])
+    logits[5, 1:] = -np.inf
+    top_k, top_p = [0, 5, 0, 400, 50, 3, 7], [1.0, 1.0, 0.31, 0.93, 0.9, 0.5, 1.0]
+    min_p = [0.0, 0.0, 0.0, 0.0, 0.01, 0.0, 0.6]
+    small = mosaic_gpu.Sizes(parts=2, keep=2, unroll=2, warpgroups=2)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    check(logits, top_k, top_p, min_p, functools.partial(mosaic_gpu.floor, sizes=small, interpret=interpret))
+
+
+@pytest.mark.parametrize("size", [128, 50_257, 151_936])
+def test_kernels_lower_for_cuda(size: int):
+    floats = jax.ShapeDtypeStruct((16,), jnp.float32)
+    logits, ints = jax.ShapeDtypeStruct((16, size), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.int32)
+    lowered = jax.jit(mosaic_gpu.floor).trace(logits, ints, floats, floats).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == 2
+
+
+def test_kernels_refuse_what_they_cannot_serve():
+    args = as_arrays(np.zeros((1, 4)), [0], [1.0], [0.0])
+    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
+        top_k_top_p_floor(*args, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [129, 32_003, 151_936])
+@pytest.mark.parametrize("kind", ["peaked", "normal", "flat", "ties"])
+def test_kernels_on_the_device(size: int, kind: str):
+    """Fresh inputs every time; sums may be off by float32 rounding, so top-p has some room at its boundary."""
+    seed = np.random.SeedSequence().entropy
+    rng = np.random.default_rng(seed)
+    ranks = np.log(np.arange(1, size + 1))
+    logits = {
+        "peaked": lambda: rng.permuted(np.tile(-1.5 * ranks, (32, 1)), axis=1) + 0.2 * rng.standard_normal((32, size)),
+        "normal": lambda: 3 * rng.standard_normal((32, size)),
+        "flat": lambda: 0.01 * rng.standard_normal((32, size)),
+        "ties": lambda: np.round(4 * rng.standard_normal((32, size))) / 4,
+    }[kind]().astype(np.float32)
+    logits[:, rng.integers(size, size=3)] = -np.inf
+    top_k = rng.choice([-1, 0, 1, 20, 50, 1000, size // 2, size, 2 * size], 32)
+    top_p, min_p = rng.choice([1.0, 0.99, 0.9, 0.5, 0.0], 32), rng.choice([0.0, 0.0, 0.1], 32)
+    kept = run(logits, top_k, top_p, min_p, functools.partial(top_k_top_p_floor, implementation="mosaic_gpu")) > -np.inf
+    for row in range(32):
+        most, least = (
+            brute_force(logits[row], top_k[row], share, np.float32(min_p[row]))
+            for share in (np.float32(top_p[row]) + room for room in (1e-5, -1e-5))
+        )
+        context = f"{seed=} {row=} {top_k[row]=} {top_p[row]=} {min_p[row]=}"
+        assert np.all(least <= kept[row]), context
+        assert np.all(kept[row] <= most), context
 
 
 @pytest.mark.parametrize(
