@@ -1,6 +1,8 @@
 """Linear projections: the one place that decides how their weights lie in memory and are multiplied."""
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Axes = tuple[tuple[str | None, int], ...]  # (logical axis name or None where it is never sharded, size)
+
+FEW_ROWS = 16  # up to so many rows, XLA on CPU is faster with the weights as left operand
 
 
 def contract(
@@ -20,14 +24,27 @@ def contract(
     """
     outputs = kernel.shape[: kernel.ndim - x.ndim + 1]
     # A product over several axes makes XLA transpose the whole weight in every step; merging axes costs nothing.
-    flat = jax.lax.dot_general(
-        x.reshape(x.shape[0], -1),
-        kernel.reshape(math.prod(outputs), -1),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=out_dtype or x.dtype,
-    )
+    rows, weights = x.reshape(x.shape[0], -1), kernel.reshape(math.prod(outputs), -1)
+    options = {
+        "precision": jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        "preferred_element_type": out_dtype or x.dtype,
+    }
+    plain = partial(_rows_first, **options)
+    if 1 < len(rows) <= FEW_ROWS and x.dtype == kernel.dtype == jnp.float32:
+        flat = jax.lax.platform_dependent(rows, weights, cpu=partial(_weights_first, **options), default=plain)
+    else:
+        flat = plain(rows, weights)
     return flat.reshape(x.shape[0], *outputs)
+
+
+def _rows_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "T o"]:
+    return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), **options)
+
+
+def _weights_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "T o"]:
+    """The same product turned round: XLA's CPU library repacks its right operand in every call, so let that be `x`."""
+    product = jax.lax.dot_general(weights, x, (((1,), (1,)), ((), ())), **options)
+    return jax.lax.optimization_barrier(product).T  # without the barrier XLA turns it back
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:
