@@ -23,7 +23,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jaxserve.batch import Limits, SlotTable, pack
+from jaxserve.batch import Level, Limits, SlotTable, pack
 from jaxserve.checkpoints import find_model
 from jaxserve.cli.bench import processor
 from jaxserve.config import EngineArgs, resolve
@@ -117,11 +117,11 @@ class HostRunner:
         """As `Runner.launch`, but nothing runs."""
         self._table.update(work.sequences)
         level = self._table.level(work)
-        edits = step_edits(work) if level else []
+        edits = step_edits(work) if level >= Level.SAMPLE else []
         bucket = self._buckets.choose(work.total_tokens, len(work.sequences), level, len(edits), work.steps)
         pack(work, bucket, self._limits, self._table, edits)
         words = bucket.steps * bucket.seqs
-        if level and bucket.steps == 1:
+        if bucket.level >= Level.SAMPLE and bucket.steps == 1:
             words += bucket.seqs * (2 + 2 * self._limits.max_logprobs)
         self._next = (self._next + words) % (len(self._tokens) // 2)
         packed = self._tokens[self._next : self._next + words]
