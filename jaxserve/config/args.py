@@ -177,7 +177,8 @@ class EngineArgs:
     decode_steps: int | None = field(
         default=None,
         metadata=about(
-            "decodes that run in a row on the device while nobody waits or watches the tokens; 8, on CPU 1",
+            "decodes that run in a row on the device while nobody waits or watches the tokens; 8, on CPU and with more "
+            "than 6 GiB of weights 1",
             "scheduler",
             "int",
             low=1,
@@ -187,7 +188,8 @@ class EngineArgs:
     warmup: str | None = field(
         default=None,
         metadata=about(
-            "compile programs before the first request: full, lazy (in the background) or none; full, on CPU none",
+            "compile programs ahead: full (all before the first request), lazy (some before it, the others in the "
+            "background) or none; lazy, on CPU none",
             "engine",
             "str",
             choices=("none", "lazy", "full"),

@@ -129,7 +129,7 @@ def resolve(
         "max_num_seqs": seqs,
         "max_num_batched_tokens": tokens,
         "decode_steps": args.decode_steps or (1 if on_cpu else 8),
-        "warmup": args.warmup or ("none" if on_cpu else "full"),
+        "warmup": args.warmup or ("none" if on_cpu else "lazy"),
         "compilation_cache_dir": _cache_dir(args.compilation_cache_dir),
         "log_stats": not args.disable_log_stats,
         "eos_token_ids": eos_token_ids(hf_config, generation_config),

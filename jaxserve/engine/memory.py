@@ -97,7 +97,7 @@ def plan_memory(
     elif limit is None:
         pages = _cpu_pages(page, needed, config.max_num_seqs * needed)
     else:
-        pages = max(0, limit - weights - working) // page
+        pages = _rounded(max(0, limit - weights - working) // page)
     limit = weights + working + pages * page if limit is None else limit
     context = config.max_model_len
     if config.fit_max_model_len and pages:
@@ -106,6 +106,11 @@ def plan_memory(
     if pages * config.block_size < context or not pages:
         raise ValueError(_too_small(plan, needed))
     return plan
+
+
+def _rounded(pages: int) -> int:
+    """At most 1 % fewer: compiled programs hold the number, and a little more or less memory should find them again."""
+    return pages - pages % (1 << max(pages.bit_length() - 8, 0))
 
 
 def _cpu_pages(page: int, needed: int, most: int) -> int:

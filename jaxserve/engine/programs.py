@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxserve.weights import ModelPlan
 logger = logging.getLogger(__name__)
 
 MIN_MIXED_TOKENS = 16
+FREE_TOKENS = 256  # up to about so many the weights bound a step of an accelerator: mixed sizes below are 4 apart
 MIN_EDITS = 1024
 WASTE = 4  # a program this many times too large runs rather than compiling the right one between two steps
 
@@ -63,6 +64,8 @@ class Buckets:
         self._decode = [size for size in powers if size not in small or size == max_num_seqs]
         most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
         self._tokens = _powers(min(MIN_MIXED_TOKENS, most), most)
+        if accelerator:
+            self._tokens = [t for t in self._tokens if t == most or t > FREE_TOKENS or t in (64, FREE_TOKENS)]
 
     def choose(self, tokens: int, seqs: int, level: Level, edits: int, steps: int = 1) -> Bucket:
         """The smallest bucket that holds a step (or `steps` decodes in a row)."""
@@ -81,12 +84,18 @@ class Buckets:
         return Bucket(max(tokens, 2), min(self._max_seqs, max(tokens // 2, 1)), level, edits)
 
     def all(self) -> list[Bucket]:
-        """Every common bucket, small ones first."""
+        """Every common bucket: first those that can serve all steps, so that work may begin, then small ones first."""
         rare = _sparse(self._decode) if self._accelerator else self._decode
         decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]
         decodes += [(s, Level.SAMPLE) for s in rare]
         found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
-        return sorted(found | {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens})
+        found |= {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
+        return sorted(found, key=lambda bucket: (not self._serves_all(bucket), bucket))
+
+    def _serves_all(self, bucket: Bucket) -> bool:
+        """Whether it covers every common bucket of its kind."""
+        largest = self._max_seqs if bucket.decode_only else self._tokens[-1]
+        return bucket.tokens == largest and bucket.level is Level.SAMPLE
 
     @property
     def largest(self) -> Bucket:
@@ -111,6 +120,8 @@ class StepCompiler:
     Attributes:
         state: what every step gets and returns, as shapes.
         options: of the XLA compiler.
+        tracing: held while Python traces and lowers. Threads could only take turns at that, which would bring all their
+            programs to the compiler late instead of one after the other early.
     """
 
     model: ModelPlan
@@ -118,6 +129,7 @@ class StepCompiler:
     mode: ScoreMode
     state: State
     options: Mapping[str, str | bool]
+    tracing: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, bucket: Bucket) -> jax.stages.Compiled:
         """Trace, lower and compile (or find in jax's persistent cache); takes `(leaves, state, buffer)`."""
@@ -127,7 +139,8 @@ class StepCompiler:
 
         leaves = tuple(self.model.parameters.values())
         buffer = jax.ShapeDtypeStruct((packed_size(bucket, self.limits),), jnp.int32)
-        lowered = jax.jit(program, donate_argnums=1).lower(leaves, self.state, buffer)
+        with self.tracing:
+            lowered = jax.jit(program, donate_argnums=1).lower(leaves, self.state, buffer)
         return lowered.compile(compiler_options=dict(self.options))
 
 
@@ -215,6 +228,8 @@ class Programs:
         with self._lock:
             self._warming.discard(future)
             self.counts.warm = not self._warming
+            if self.counts.warm:
+                logger.info("all %d programs are ready", sum(map(_is_ready, self._programs.values())))
 
     def wait(self, buckets: Iterable[Bucket], *, show_progress: bool) -> int:
         """Wait for these programs; returns the most working memory that one of them needs, in bytes.

@@ -24,9 +24,15 @@ from jaxserve.weights import ModelPlan
 logger = logging.getLogger(__name__)
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
-# most of the compilation on shrinking what needs no shrinking.
+# most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
+# seconds of CPU time of a program's compilation, and cuBLAS's are as fast (docs/decisions.md).
 COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
-    {"gpu": {"xla_disable_hlo_passes": "rematerialization,hlo-rematerialization"}}
+    {
+        "gpu": {
+            "xla_disable_hlo_passes": "rematerialization,hlo-rematerialization",
+            "xla_gpu_enable_triton_gemm": False,
+        }
+    }
 )
 
 
@@ -102,8 +108,11 @@ class Runner:
         """
         config = self.config
         while config.warmup != "none":
-            buckets = self.buckets.all() if config.warmup == "full" else [self.buckets.largest]
-            needed = self.programs.wait(buckets, show_progress=config.use_tqdm_on_load)
+            everything, full = self.buckets.all(), config.warmup == "full"
+            if not full:
+                logger.info("compiling %d programs; work begins with the first, the others follow", len(everything))
+            buckets = everything if full else [self.buckets.largest]
+            needed = self.programs.wait(buckets, show_progress=full and config.use_tqdm_on_load)
             if needed <= self.plan.working or self._memory_limit is None:
                 break
             logger.warning(

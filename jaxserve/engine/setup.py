@@ -2,9 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from jaxserve.engine.runner import Runner
 from jaxserve.text import Tokenizer, load_tokenizer
 from jaxserve.weights import load_weights, plan_model
 from sharding.mesh import make_mesh
+
+logger = logging.getLogger(__name__)
+
+SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,14 @@ def build_parts(args: EngineArgs) -> Parts:
             mesh=make_mesh(devices=[device]),
             max_model_len=config.max_model_len,
         )
+        if args.decode_steps is None and model.total_bytes > SLOW_BYTES:
+            config = replace(config, decode_steps=1)
         runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
         try:
-            runner.prepare(load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load))
+            start = time.perf_counter()
+            leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)
+            logger.info("%.2f GiB of weights in %.1f s", model.total_bytes / 2**30, time.perf_counter() - start)
+            runner.prepare(leaves)
             return Parts(runner.config, tokenizer.result(), runner)
         except BaseException:
             runner.close()
@@ -108,12 +118,12 @@ def show_messages() -> None:
     if not any(isinstance(one, Once) for one in choices.filters):
         choices.addFilter(Once())
     for name in ("jaxserve", "pallas_kernels"):
-        logger = logging.getLogger(name)
-        if not logger.hasHandlers():
+        ours = logging.getLogger(name)
+        if not ours.hasHandlers():
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+            ours.addHandler(handler)
+            ours.setLevel(logging.INFO)
 
 
 def set_memory_fraction(fraction: float) -> None:

@@ -36,7 +36,7 @@ def test_defaults_on_each_platform():
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.block_size, cpu.dtype) == (256, 4096, 32, "float32")
     assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.block_size, gpu.dtype) == (256, 8192, 64, "bfloat16")
     assert (tpu.max_num_seqs, tpu.max_num_batched_tokens, tpu.block_size, tpu.dtype) == (256, 2048, 64, "bfloat16")
-    assert (cpu.warmup, gpu.warmup, tpu.warmup) == ("none", "full", "full")
+    assert (cpu.warmup, gpu.warmup, tpu.warmup) == ("none", "lazy", "lazy")
     assert cpu.max_model_len == 2048
     assert cpu.fit_max_model_len
     assert cpu.vocab_size == 1000
