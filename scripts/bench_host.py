@@ -4,7 +4,7 @@
 
 The engine is the real one; its runner packs every step as usual, but the "device" answers at once with random tokens.
 So what is measured is all that the host does between two launches, except the launch itself. Times are medians over
-the steps of one run, in milliseconds; a step that runs several decodes is also given per decode.
+the steps of one run, in milliseconds of the thread's CPU time; a step of several decodes is also given per decode.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from jaxserve.engine.programs import Buckets
 from jaxserve.engine.runner import InFlight, Runner
 from jaxserve.engine.setup import Parts
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
-from jaxserve.text import Tokenizer, load_tokenizer
+from jaxserve.text import Detokenizer, Tokenizer, load_tokenizer
 from jaxserve.types import Work
 
 HF_CONFIG = {
@@ -175,6 +175,22 @@ def measure(case: Case, tokenizer: Tokenizer | None, steps: int) -> dict[str, An
     }
 
 
+def detokenise(tokenizer: Tokenizer, tokens: int, rounds: int) -> dict[str, Any]:
+    """The text of `tokens` new tokens of every sequence, alone; it is a part of "outputs" above."""
+    rng = np.random.default_rng(2)
+    streams = [Detokenizer(tokenizer, [500, 501], SamplingParams()) for _ in range(SEQUENCES)]
+    seconds = []
+    for _ in range(rounds):
+        new = rng.integers(100, 2100, (SEQUENCES, tokens)).tolist()
+        start = time.thread_time()
+        for stream, ids in zip(streams, new, strict=True):
+            stream.update(ids)
+            stream.new_text(finished=False)
+        seconds.append(time.thread_time() - start)
+    name = f"detokenise {tokens} token{'s' if tokens > 1 else ''} of each sequence"
+    return {"case": name, "milliseconds": {"total": round(1e3 * statistics.median(seconds), 3)}}
+
+
 def main() -> None:
     """Run every case and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,6 +204,10 @@ def main() -> None:
     for case in CASES:
         if args.only is None or args.only in case.name:
             rows.append(measure(case, tokenizer, args.steps))
+            print(json.dumps(rows[-1]), flush=True)
+    if tokenizer is not None and args.only is None:
+        for tokens in (1, 8):
+            rows.append(detokenise(tokenizer, tokens, args.steps))
             print(json.dumps(rows[-1]), flush=True)
     if args.output_json:
         facts = {
