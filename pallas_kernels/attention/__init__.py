@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import batched, reference
+from pallas_kernels.attention import batched, mosaic_gpu, reference
 from pallas_kernels.dispatch import Op
 
 
@@ -16,7 +16,7 @@ def _xla(*arrays: Array | int, **options: float | int | None) -> Array:
     return lax.platform_dependent(*arrays, cpu=cpu, default=other)
 
 
-OP = Op("paged_attention", {"xla": _xla})
+OP = Op("paged_attention", {"mosaic_gpu": mosaic_gpu.paged_attention, "xla": _xla})
 
 
 def paged_attention(
