@@ -1,0 +1,132 @@
+"""The Hopper kernels of `paged_attention`: interpreted, lowered for CUDA, and run where there is a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Arrays, Case, attention, make
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import OP, hopper_stream, mosaic_gpu, paged_attention
+
+PAGED = Case("", (), (), page=64, dtype="bfloat16")
+
+
+def case(name: str, rows: tuple[int, ...], lens: tuple[int, ...], **changes) -> Case:
+    pages = max(-(-n // 64) for n in lens) + 1
+    return dataclasses.replace(PAGED, name=name, rows=rows, lens=lens, pages_per_seq=pages, **changes)
+
+
+SMALL = (
+    case("decode", (1, 1, 1), (100, 1, 65), heads=(4, 2), width=64, pad_rows=1, pad_seqs=1),
+    case("multi-query, odd group", (1, 0, 1), (70, 0, 64), heads=(7, 1), width=128),
+    case("rows as sequences, not a decode", (3, 1), (66, 20), heads=(4, 2), width=64, pad_seqs=2),
+    case("short chunks", (5, 1, 3), (70, 10, 3), heads=(6, 2), width=64, pad_rows=4),
+    case("mixed", (1, 40, 2), (70, 45, 65), heads=(2, 1), width=64, pad_rows=3),
+    case("window and soft cap", (2, 36), (150, 100), heads=(4, 2), width=64, window=40, soft_cap=5.0),
+    case("width 80", (1, 33), (70, 33), heads=(4, 1), width=80),
+    case("width 96, float16", (1, 33), (70, 33), heads=(4, 2), width=96, dtype="float16"),
+    case("width 256", (1, 33), (70, 40), heads=(2, 1), width=256),
+)
+LARGE = (
+    case("partial results of many CTAs", (1,), (5000,), heads=(8, 2), width=128),
+    case("partial results of few CTAs", (1,) * 5, (3000, 900, 64, 1, 2000), heads=(8, 2), width=128),
+    case("few pages", (1, 1), (3, 70), heads=(8, 2), width=128),
+    case("odd group", (1, 1), (3000, 70), heads=(9, 3), width=64),
+    case("long chunks", (300, 1, 129, 32), (1000, 700, 129, 500), heads=(8, 2), width=128, pad_rows=30),
+    case("long chunks, window", (300, 1, 129), (1000, 700, 129), heads=(4, 2), width=128, window=200, soft_cap=20.0),
+    case("long chunks, width 256", (200, 3), (500, 700), heads=(4, 2), width=256),
+)
+
+
+def inputs(case: Case) -> tuple[Arrays, list[jax.Array]]:
+    arrays = make(case)
+    q, kv = jnp.asarray(2 * arrays.q, case.dtype), jnp.asarray(arrays.kv, case.dtype)
+    rounded = dataclasses.replace(arrays, q=np.asarray(q, np.float32), kv=np.asarray(kv, np.float32))
+    return rounded, [q, kv, *map(jnp.asarray, (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens))]
+
+
+def options(case: Case) -> dict:
+    return {"scale": case.width**-0.5, "window": case.window, "soft_cap": case.soft_cap}
+
+
+def relative(case: Case, arrays: Arrays, got: jax.Array) -> float:
+    expected = attention(arrays, case.width**-0.5, case.window, case.soft_cap)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_interpreted(case: Case):
+    """On CPU with race detection; without the merge of partial results, which needs semaphores."""
+    arrays, (q, kv, *rest) = inputs(case)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    got = mosaic_gpu.hopper_attention(q, kv, arrays.layer, *rest, **options(case), ctas=3, interpret=params)
+    assert relative(case, arrays, got) < 5e-3
+    assert not np.asarray(got, np.float32)[arrays.cu_q_lens[-1] :].any()
+
+
+@pytest.mark.parametrize("case", [*SMALL, *LARGE[:3]], ids=lambda case: case.name)
+def test_lowers_for_cuda(case: Case):
+    """Checks layouts, TMA boxes and shared memory; that mixed batches write into one array shows in the aliases."""
+    _, (q, kv, *rest) = inputs(case)
+
+    def call(q, kv, layer, *rest):
+        return mosaic_gpu.hopper_attention(q, kv, layer, *rest, **options(case))
+
+    text = jax.jit(call).trace(q, kv, jnp.int32(1), *rest).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == (2 if max(case.rows) > mosaic_gpu.SHORT else 1)
+
+
+def test_plan_visits_every_page_once():
+    lens, config = jnp.array([130, 1, 0, 700], jnp.int32), hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
+    starts = jnp.array([0, 1, 2, 2, 3], jnp.int32)
+    plan = hopper_stream.plan_stream(starts, lens, 4, 1, 4, 2, None, config)
+    tiles, runs = plan.tiles.reshape(-1, hopper_stream.TILE_WORDS), plan.runs.reshape(-1, hopper_stream.RUN_WORDS)
+    seen = []
+    for group, page, size, touched in np.asarray(runs).tolist():
+        for _ in range(touched):
+            pages = min(int(tiles[group // 2, 5]) - page, size)
+            seen += [(int(tiles[group // 2, 2]), group % 2, page + i) for i in range(pages)]
+            group, page, size = group + 1, 0, size - pages
+        assert size == 0
+    assert seen == [(s, h, p) for s, n in ((0, 3), (1, 1), (3, 11)) for h in range(2) for p in range(n)]
+    assert plan.totals.tolist() == [30, 3]
+    assert max(np.asarray(runs)[:, 2]) - min(np.asarray(runs)[:, 2]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"page": 32, "pages_per_seq": 9}, "pages of 32"),
+        ({"heads": (130, 1)}, "130 query heads"),
+        ({"width": 320}, "width 320"),
+        ({"width": 40}, "40"),
+        ({"width": 80, "heads": (3, 1)}, "group=3 x width=80"),
+    ],
+)
+def test_names_what_it_cannot_serve(change: dict, message: str):
+    arrays, (q, kv, *rest) = inputs(dataclasses.replace(SMALL[0], **change))
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.hopper_attention(q, kv, arrays.layer, *rest, scale=1.0)
+
+
+def test_needs_a_hopper_gpu():
+    arrays, (q, kv, *rest) = inputs(SMALL[0])
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, the platform is 'cpu'"):
+        paged_attention(q, kv, arrays.layer, *rest, scale=1.0, implementation="mosaic_gpu")
+    assert OP.choice(None, q, kv, arrays.layer, *rest, scale=1.0, window=None, soft_cap=None) == "xla"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=lambda case: case.name)
+def test_on_the_gpu(case: Case):
+    arrays, (q, kv, *rest) = inputs(case)
+    poison = [jnp.full(q.size * 64, jnp.nan, q.dtype).block_until_ready() for _ in range(4)]
+    del poison  # so that a row which is never written shows
+    call = jax.jit(lambda *args: paged_attention(*args, **options(case), implementation="mosaic_gpu"))
+    got = call(q, kv, jnp.int32(arrays.layer), *rest)
+    assert relative(case, arrays, got) < 1e-2
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(call(q, kv, jnp.int32(arrays.layer), *rest)))
