@@ -149,6 +149,7 @@ class Batch:
 FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 INT_COLUMNS = ("top_k", "seed_high", "seed_low", "prompt_lens", "allow_only", "logprobs")
 COLUMNS = FLOAT_COLUMNS + INT_COLUMNS
+ALIGNMENT = 64  # words: XLA hands slices to kernels in place, and these need operands at multiples of 256 bytes
 
 
 def layout(bucket: Bucket, limits: Limits) -> dict[str, tuple[slice, tuple[int, ...]]]:
@@ -174,7 +175,7 @@ def layout(bucket: Bucket, limits: Limits) -> dict[str, tuple[slice, tuple[int, 
     for name, shape in fields.items():
         size = math.prod(shape)
         places[name] = (slice(start, start + size), shape)
-        start += size
+        start += -(-size // ALIGNMENT) * ALIGNMENT
     return places
 
 

@@ -59,6 +59,8 @@ def hopper_attention(
     config = StreamConfig.fit(ctas, heads // key_heads, width, mixed=num_tokens != seqs)
     config = dataclasses.replace(config, whole=interpret is not None)
     tokens = config.tile_tokens(heads // key_heads)
+    # In bounds whatever the caller left in unused entries, and never a slice of something: operands must be aligned.
+    page_table = jnp.clip(page_table, 0, kv.shape[1] - 1)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "interpret": interpret}
     if num_tokens in (1, seqs):
         tiles, longest = num_tokens, num_tokens
