@@ -62,14 +62,21 @@ def test_matches_sorting(spread: float, small: bool):
 
 def test_kernels_in_the_interpreter():
     """Lanes this short make some rows take the lists, some the whole row."""
-    logits = np.random.default_rng(0).standard_normal((7, 520)) * 3
+    logits = np.random.default_rng(0).standard_normal((6, 400)) * 3
     logits[4] = np.round(logits[4])
     logits[5, 1:] = -np.inf
-    top_k, top_p = [0, 5, 0, 400, 50, 3, 7], [1.0, 1.0, 0.31, 0.93, 0.9, 0.5, 1.0]
-    min_p = [0.0, 0.0, 0.0, 0.0, 0.01, 0.0, 0.6]
+    top_k, top_p, min_p = [0, 5, 0, 300, 50, 3], [1.0, 1.0, 0.31, 0.93, 0.9, 0.5], [0.0, 0.0, 0.0, 0.0, 0.01, 0.0]
     small = mosaic_gpu.Sizes(parts=2, keep=2, unroll=2, warpgroups=2)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     check(logits, top_k, top_p, min_p, functools.partial(mosaic_gpu.floor, sizes=small, interpret=interpret))
+
+
+@pytest.mark.parametrize(("keep", "new"), [(16, 8), (8, 8), (4, 1), (1, 1)])
+def test_lists_of_the_largest(keep: int, new: int):
+    kept, vectors = np.split(np.random.default_rng(keep).integers(9, size=(keep + new, 300)).astype(np.float32), [keep])
+    kept = -np.sort(-kept, axis=0)
+    expected = -np.sort(-np.concatenate([kept, vectors]), axis=0)[:keep]
+    np.testing.assert_array_equal(mosaic_gpu.largest([*jnp.asarray(kept)], [*jnp.asarray(vectors)]), expected)
 
 
 @pytest.mark.parametrize("size", [128, 50_257, 151_936])
