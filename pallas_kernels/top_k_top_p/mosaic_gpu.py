@@ -44,8 +44,8 @@ class Sizes:
     """How the work is cut."""
 
     parts: int = 16  # blocks that share a row in `gather`
-    keep: int = 16  # logits each lane keeps: a power of two
-    unroll: int = 8  # vectors in flight per warpgroup: a power of two up to `keep`
+    keep: int = 8  # logits each lane keeps
+    unroll: int = 8  # vectors in flight per warpgroup
     warpgroups: int = 4  # of a block of `search`; they divide `parts`
 
 
@@ -101,7 +101,8 @@ def gather(
                 _load(logits_ref.at[row], (i * sizes.unroll + u) * sizes.parts + part, size)
                 for u in range(sizes.unroll)
             ]
-            best = largest(best, vectors)
+            for vector in vectors:
+                best = _insert(best, vector)
             new = jnp.maximum(best[0], LOWEST)
             return best, total * jnp.exp(old - new) + sum(jnp.exp(vector - new) for vector in vectors)
 
@@ -142,27 +143,13 @@ def _read(ref: Ref) -> Float[Array, "128"]:
     return plgpu.load(ref, layout=VECTOR, optimized=False)
 
 
-def largest(best: list[Array], vectors: list[Array]) -> list[Array]:
-    """Each lane's descending list of the largest values, renewed with as many new ones at most."""
-    untouched, last = best[: -len(vectors)], best[-len(vectors) :]
-    return _merge(untouched + [jnp.maximum(a, b) for a, b in zip(last, reversed(_sort(vectors)), strict=True)])
-
-
-def _sort(vectors: list[Array]) -> list[Array]:
-    """Each lane in descending order (Batcher's bitonic network: no branches, short chains)."""
-    if len(vectors) == 1:
-        return vectors
-    half = len(vectors) // 2
-    return _merge(_sort(vectors[:half]) + _sort(vectors[half:])[::-1])
-
-
-def _merge(vectors: list[Array]) -> list[Array]:
-    """Each lane in descending order if it falls, then rises (or the other way round)."""
-    if len(vectors) == 1:
-        return vectors
-    half = len(vectors) // 2
-    pairs = list(zip(vectors[:half], vectors[half:], strict=True))
-    return _merge([jnp.maximum(a, b) for a, b in pairs]) + _merge([jnp.minimum(a, b) for a, b in pairs])
+def _insert(best: list[Array], values: Array) -> list[Array]:
+    """Each lane's descending list with one more value and without its smallest."""
+    kept = []
+    for rank in best:
+        kept.append(jnp.maximum(rank, values))
+        values = jnp.minimum(rank, values)
+    return kept
 
 
 def search(
@@ -180,7 +167,7 @@ def search(
     rows, size = logits.shape
     width, groups, unroll = sums.shape[1], sizes.warpgroups, sizes.unroll
     share = width // LANES // groups  # vectors of a rank per warpgroup
-    most = max(sizes.keep // 2 + 1, 2**ROW_BITS - 1)  # vectors that are reduced at once
+    most = max(sizes.keep, 2**ROW_BITS - 1)  # vectors that are reduced at once
 
     def body(logits_ref, active_ref, k_ref, p_ref, min_ref, best_ref, sums_ref, out_ref, scratch, barrier) -> None:
         row, group, nothing = lax.axis_index("row"), lax.axis_index("warpgroup"), jnp.float32(-jnp.inf)
@@ -203,9 +190,9 @@ def search(
             return [_read(ref.at[row, pl.ds(first + i * LANES, LANES)]) for i in range(share)]
 
         def row_floor() -> Array:
-            ranks = [*range(0, sizes.keep, 2), sizes.keep - 1]
-            *tops, rim = across([functools.reduce(jnp.maximum, read(best_ref, rank)) for rank in ranks], jnp.max)
-            base, last, bottom = jnp.maximum(tops[0], LOWEST), _order(tops[0]), _order(rim) + 1
+            maxima = [functools.reduce(jnp.maximum, read(best_ref, rank)) for rank in range(sizes.keep)]
+            tops = across(maxima, jnp.max)  # of each rank
+            base, last, bottom = jnp.maximum(tops[0], LOWEST), _order(tops[0]), _order(tops[-1]) + 1
             pairs = zip(read(sums_ref), read(best_ref), strict=True)
             parts = [total * jnp.exp(jnp.maximum(best, LOWEST) - base) for total, best in pairs]
             (everything,) = across([functools.reduce(jnp.add, parts)], jnp.sum)
@@ -219,24 +206,19 @@ def search(
                 return totals
 
             def over_lists(counting: Array, thresholds: list[Array]) -> list[Array]:
-                def two_ranks(i: Array, totals: list[Array]) -> list[Array]:
-                    return add(counting, thresholds, totals, read(best_ref, 2 * i) + read(best_ref, 2 * i + 1))
+                def rank(i: Array, totals: list[Array]) -> list[Array]:
+                    return add(counting, thresholds, totals, read(best_ref, i))
 
                 used = sum((top >= thresholds[0]).astype(jnp.int32) for top in tops)
-                return across(lax.fori_loop(0, used, two_ranks, [_full(0.0) for _ in thresholds]), jnp.sum)
+                return across(lax.fori_loop(0, used, rank, [_full(0.0) for _ in thresholds]), jnp.sum)
 
             def over_row(counting: Array, thresholds: list[Array]) -> list[Array]:
                 def some(i: Array, totals: list[Array]) -> list[Array]:
-                    starts = [((i * unroll + u) * groups + group) * LANES for u in range(unroll)]
-                    vectors = [_read(logits_ref.at[row, pl.ds(start, LANES)]) for start in starts]
-                    return add(counting, thresholds, totals, vectors)
+                    indices = [(i * unroll + u) * groups + group for u in range(unroll)]
+                    return add(counting, thresholds, totals, [_load(logits_ref.at[row], j, size) for j in indices])
 
-                def rest(i: Array, totals: list[Array]) -> list[Array]:
-                    return add(counting, thresholds, totals, [_load(logits_ref.at[row], i * groups + group, size)])
-
-                full = size // (LANES * groups * unroll)
-                totals = lax.fori_loop(0, full, some, [_full(0.0) for _ in thresholds])
-                return across(lax.fori_loop(full * unroll, pl.cdiv(size, LANES * groups), rest, totals), jnp.sum)
+                steps = pl.cdiv(size, LANES * groups * unroll)
+                return across(lax.fori_loop(0, steps, some, [_full(0.0) for _ in thresholds]), jnp.sum)
 
             def find(measure: Callable, bottom: Array, bits: int) -> tuple[Array, Array]:
                 """The floor, and whether values from `bottom` on suffice to know it."""
@@ -251,7 +233,7 @@ def search(
                     least = jnp.where(counting, nothing, base + jnp.log((1 - p) * kept / size) - 0.01)
                     start = jnp.maximum(jnp.maximum(_order(floor), _order(least)), bottom)
                     on = jnp.where(counting, k > 0, p < 1)
-                    order = _bisect(functools.partial(measure, counting), need, jnp.where(on, start, last), last, bits)
+                    order = _largest(functools.partial(measure, counting), need, jnp.where(on, start, last), last, bits)
                     sure = (order > bottom) & (~filtered | (_order(floor) > bottom))
                     return jnp.where(on, jnp.maximum(floor, _value(order)), floor), known & (sure | ~on)
 
@@ -275,7 +257,7 @@ def search(
     )(logits, active, top_k, top_p, log_min_p, best, sums)  # fmt: skip
 
 
-def _bisect(
+def _largest(
     measure: Callable[[list[Array]], list[Array]], need: Array, low: Array, high: Array, bits: int
 ) -> Int[Array, ""]:
     """The largest integer of `low` to `high` whose float has `measure >= need`, known to hold at `low`.

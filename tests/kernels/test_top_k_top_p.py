@@ -71,14 +71,6 @@ def test_kernels_in_the_interpreter():
     check(logits, top_k, top_p, min_p, functools.partial(mosaic_gpu.floor, sizes=small, interpret=interpret))
 
 
-@pytest.mark.parametrize(("keep", "new"), [(16, 8), (8, 8), (4, 1), (1, 1)])
-def test_lists_of_the_largest(keep: int, new: int):
-    kept, vectors = np.split(np.random.default_rng(keep).integers(9, size=(keep + new, 300)).astype(np.float32), [keep])
-    kept = -np.sort(-kept, axis=0)
-    expected = -np.sort(-np.concatenate([kept, vectors]), axis=0)[:keep]
-    np.testing.assert_array_equal(mosaic_gpu.largest([*jnp.asarray(kept)], [*jnp.asarray(vectors)]), expected)
-
-
 @pytest.mark.parametrize("size", [128, 50_257, 151_936])
 def test_kernels_lower_for_cuda(size: int):
     floats = jax.ShapeDtypeStruct((16,), jnp.float32)
