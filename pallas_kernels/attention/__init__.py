@@ -1,6 +1,7 @@
 """Ragged paged attention: one op for decode, chunked prefill and verification, mixed in one batch."""
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -10,7 +11,7 @@ from pallas_kernels.attention import batched, mosaic_gpu, reference
 from pallas_kernels.dispatch import Op
 
 
-def _xla(*arrays: Array | int, **options: float | int | None) -> Array:
+def _xla(*arrays: Any, **options: Any) -> Array:
     """Plain jax in the form that suits the platform the program is lowered for."""
     cpu, other = (functools.partial(form.paged_attention, **options) for form in (reference, batched))
     return lax.platform_dependent(*arrays, cpu=cpu, default=other)

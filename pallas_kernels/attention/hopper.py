@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
 NEG = -1e30  # finite: exp2(NEG - NEG) must not be NaN
 WG_ROWS = 64  # rows that one warpgroup multiplies at a time
@@ -21,7 +22,8 @@ def swizzled(row_bytes: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransf
     """
     for swizzle in (128, 64, 32):
         if row_bytes % swizzle == 0:
-            return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+            tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
+            return tiling((8, swizzle // 2)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]
     raise NotImplementedError(f"rows of {row_bytes} bytes are not a multiple of 32")
 
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.hopper import NEG, PAGE, WG_ROWS, below, running_sum, softmax_step, spread, swizzled
+from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, below, running_sum, softmax_step, spread, swizzled
 
 TILE_ROWS = 2 * WG_ROWS
 TILE_WORDS = 5  # first row, its position, rows, sequence, keys up to the last row's own
@@ -142,7 +142,7 @@ def prefill_attention(
                         take_turn()
                         return scores[...]
 
-                    scores = pl.run_scoped(product, plgpu.ACC((WG_ROWS, block), jnp.float32))
+                    scores = pl.run_scoped(product, ACC((WG_ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
                     visible = None
                     if masked:
@@ -163,23 +163,16 @@ def prefill_attention(
                         def _():
                             plgpu.barrier_wait(k_full.at[lax.rem(done + i + 1 - first, stages)])
 
+                    def mix(a):
+                        plgpu.wgmma(a, weights if interpret is None else p_s.at[wg], v_s.at[slot])
+                        wait_next_keys()
+
                     if interpret is None:
-
-                        def mix(a):
-                            plgpu.wgmma(a, weights, v_s.at[slot])
-                            wait_next_keys()
-
-                        acc = pl.run_state(mix)(plgpu.ACC.init(acc))
+                        acc = pl.run_state(mix)(ACC.init(acc))
                     else:  # the interpreter takes operands from SMEM and fresh accumulators only
                         p_s[wg] = weights
                         plgpu.commit_smem()
-
-                        def mix(a):
-                            plgpu.wgmma(a, p_s.at[wg], v_s.at[slot])
-                            wait_next_keys()
-                            return a[...]
-
-                        acc += pl.run_scoped(mix, plgpu.ACC((WG_ROWS, width), jnp.float32))
+                        acc += pl.run_scoped(lambda a: (mix(a), a[...])[1], ACC((WG_ROWS, width), jnp.float32))
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc, top, total
 

@@ -13,6 +13,7 @@ Padding the rows of a lone decode to the 64 of a wgmma costs about a fifth of th
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.hopper import NEG, PAGE, WG_ROWS, below, running_sum, softmax_step, spread, swizzled
+from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, below, running_sum, softmax_step, spread, swizzled
 
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
 RUN_WORDS = 4  # first (tile, head) group, first page of it, pages in all, groups touched
@@ -130,11 +131,11 @@ def stream_attention(
     config: StreamConfig,
     out: jax.Ref | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Float[Array, "T*N H"] | None:
+) -> Float[Array, "T*N H"]:
     """Attention of the rows in the plan; rows past the batch's last token become 0.
 
-    With `out`, a mutable `[T * N, H]` array, the result goes there and other rows keep their contents. Without it a
-    new array is returned, in which the rows of sequences outside the plan are undefined.
+    With `out`, a mutable `[T * N, H]` array, the result goes there, and its other rows keep their contents. Without it
+    the rows of sequences outside the plan are undefined.
     """
     num_tokens, heads, width = q.shape
     key_heads = kv.shape[3]
@@ -150,7 +151,7 @@ def stream_attention(
 
     def paged_attention_stream(layer_ref, table_ref, tile_ref, run_ref, total_ref, q_ref, kv_ref, *refs):
         out_ref, acc_ref, stat_ref, q_in, q_s, k_s, v_s, o_s, p_s, q_full, q_free, k_full, v_full, free = refs
-        sems = None if config.whole else pl.get_global(plgpu.SemaphoreType.REGULAR((ctas * warpgroups,)))
+        sems: Any = None if config.whole else pl.get_global(plgpu.SemaphoreType.REGULAR((ctas * warpgroups,)))
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         first_group, first_page, size, touched = (run_ref[cta * RUN_WORDS + j] for j in range(RUN_WORDS))
 
@@ -294,7 +295,7 @@ def stream_attention(
                         plgpu.wgmma(scores, q_s.at[wg], k_s.at[stage].T)
                         return scores[...]
 
-                    scores = pl.run_scoped(product, plgpu.ACC((WG_ROWS, PAGE), jnp.float32))
+                    scores = pl.run_scoped(product, ACC((WG_ROWS, PAGE), jnp.float32))
                     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA)
                     distance = lax.div(iota(0), jnp.int32(group)) - iota(1) + (position - column - j * PAGE)
                     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -303,7 +304,7 @@ def stream_attention(
                     weights = weights.astype(kv.dtype)
                     plgpu.barrier_wait(v_full.at[stage])
                     if interpret is None:
-                        acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, v_s.at[stage]))(plgpu.ACC.init(acc))
+                        acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, v_s.at[stage]))(ACC.init(acc))
                     else:  # the interpreter takes operands from SMEM and fresh accumulators only
                         p_s[wg] = weights
                         plgpu.commit_smem()
@@ -312,7 +313,7 @@ def stream_attention(
                             plgpu.wgmma(a, p_s.at[wg], v_s.at[stage])
                             return a[...]
 
-                        acc += pl.run_scoped(mix, plgpu.ACC((WG_ROWS, width), jnp.float32))
+                        acc += pl.run_scoped(mix, ACC((WG_ROWS, width), jnp.float32))
                     plgpu.barrier_arrive(free.at[stage])
                     return acc, top, total
 
@@ -391,8 +392,8 @@ def stream_attention(
                     """One number per head to all elements of the head."""
                     result = plgpu.layout_cast(jnp.broadcast_to(values[0], (chunk,)), layout)
                     for g, value in enumerate(values[1:], 1):
-                        value = plgpu.layout_cast(jnp.broadcast_to(value, (chunk,)), layout)
-                        result = jnp.where(owner == g, value, result)
+                        filled = plgpu.layout_cast(jnp.broadcast_to(value, (chunk,)), layout)
+                        result = jnp.where(owner == g, filled, result)
                     return result
 
                 def fold(k, carry):
@@ -404,15 +405,17 @@ def stream_attention(
                     pieces = [whole_load(acc_flat.at[p], layout=layout) for p in place]
                     weights, new_stats = [], []
                     for g, (high, total) in enumerate(stats):
-                        tops = [jnp.where(e, stat_ref[s, 0, g], NEG) for s, e in zip(where, exists)]
+                        tops = [jnp.where(e, stat_ref[s, 0, g], NEG) for s, e in zip(where, exists, strict=True)]
                         sums = [stat_ref[s, 1, g] for s in where]
                         new = functools.reduce(jnp.maximum, tops, high)
                         each = [jnp.exp2(high - new)]
-                        each += [jnp.where(e, jnp.exp2(t - new), 0.0) for t, e in zip(tops, exists)]
-                        new_stats.append((new, sum((x * y for x, y in zip(sums, each[1:])), total * each[0])))
+                        each += [jnp.where(e, jnp.exp2(t - new), 0.0) for t, e in zip(tops, exists, strict=True)]
+                        new_stats.append(
+                            (new, sum((x * y for x, y in zip(sums, each[1:], strict=True)), total * each[0]))
+                        )
                         weights.append(each)
                     factors = [by_row([w[u] for w in weights]) for u in range(MERGE + 1)]
-                    return sum((x * y for x, y in zip(pieces, factors[1:])), out * factors[0]), new_stats
+                    return sum((x * y for x, y in zip(pieces, factors[1:], strict=True)), out * factors[0]), new_stats
 
                 nothing = plgpu.layout_cast(jnp.zeros((chunk,), jnp.float32), layout)
                 start = nothing, [(jnp.float32(NEG), jnp.float32(0))] * group
@@ -460,7 +463,9 @@ def stream_attention(
             plgpu.SMEM((stages, PAGE, width), kv.dtype, transforms=tiles),
             plgpu.SMEM((stages, PAGE, width), kv.dtype, transforms=tiles),
             plgpu.SMEM((warpgroups, WG_ROWS, width), q.dtype),
-            None if interpret is None else plgpu.SMEM((warpgroups, WG_ROWS, PAGE), kv.dtype, transforms=swizzled(2 * PAGE)),
+            None
+            if interpret is None
+            else plgpu.SMEM((warpgroups, WG_ROWS, PAGE), kv.dtype, transforms=swizzled(2 * PAGE)),
             barriers(queries),
             barriers(queries, warpgroups),
             barriers(stages),
@@ -472,4 +477,4 @@ def stream_attention(
         jnp.reshape(jnp.asarray(layer, jnp.int32), 1), page_table, plan.tiles, plan.runs, plan.totals, packed, kv,
         *(() if out is None else (out,)),
     )  # fmt: skip
-    return outputs[0] if out is None else None
+    return outputs[0] if out is None else jax.freeze(out)

@@ -75,8 +75,7 @@ def hopper_attention(
         q, kv, layer, page_table, long_plan, config=PrefillConfig.fit(ctas, width), **options
     )  # fmt: skip
     out = jax.new_ref(long.reshape(num_tokens * heads, width))
-    stream_attention(q, kv, layer, page_table, plan, config=config, out=out, **options)
-    return jax.freeze(out).reshape(q.shape)
+    return stream_attention(q, kv, layer, page_table, plan, config=config, out=out, **options).reshape(q.shape)
 
 
 def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages 2 K p H"]) -> None:

@@ -85,12 +85,14 @@ def test_plan_visits_every_page_once():
     plan = hopper_stream.plan_stream(starts, lens, 4, 1, 4, 2, None, config)
     tiles, runs = plan.tiles.reshape(-1, hopper_stream.TILE_WORDS), plan.runs.reshape(-1, hopper_stream.RUN_WORDS)
     seen = []
-    for group, page, size, touched in np.asarray(runs).tolist():
-        for _ in range(touched):
-            pages = min(int(tiles[group // 2, 5]) - page, size)
+    for first, start, size, touched in np.asarray(runs).tolist():
+        left = size
+        for group in range(first, first + touched):
+            page = start if group == first else 0
+            pages = min(int(tiles[group // 2, 5]) - page, left)
             seen += [(int(tiles[group // 2, 2]), group % 2, page + i) for i in range(pages)]
-            group, page, size = group + 1, 0, size - pages
-        assert size == 0
+            left -= pages
+        assert left == 0
     assert seen == [(s, h, p) for s, n in ((0, 3), (1, 1), (3, 11)) for h in range(2) for p in range(n)]
     assert plan.totals.tolist() == [30, 3]
     assert max(np.asarray(runs)[:, 2]) - min(np.asarray(runs)[:, 2]) <= 1
