@@ -2,7 +2,6 @@
 
 import bisect
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -84,18 +83,20 @@ class Buckets:
         return Bucket(max(tokens, 2), min(self._max_seqs, max(tokens // 2, 1)), level, edits)
 
     def all(self) -> list[Bucket]:
-        """Every common bucket: first those that can serve all steps, so that work may begin, then small ones first."""
+        """Every common bucket, small ones first."""
         rare = _sparse(self._decode) if self._accelerator else self._decode
         decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]
         decodes += [(s, Level.SAMPLE) for s in rare]
         found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
-        found |= {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
-        return sorted(found, key=lambda bucket: (not self._serves_all(bucket), bucket))
+        return sorted(found | {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens})
 
-    def _serves_all(self, bucket: Bucket) -> bool:
-        """Whether it covers every common bucket of its kind."""
-        largest = self._max_seqs if bucket.decode_only else self._tokens[-1]
-        return bucket.tokens == largest and bucket.level is Level.SAMPLE
+    def essential(self) -> list[Bucket]:
+        """The few that cover all common ones: the largest of mixed steps first, which prompts need, then of decodes."""
+        kinds: dict[tuple[bool, int], Bucket] = {}
+        for bucket in self.all():
+            kind = (bucket.decode_only, bucket.steps)
+            kinds[kind] = max(kinds.get(kind, bucket), bucket, key=Bucket.cost)
+        return [kinds[kind] for kind in sorted(kinds)]
 
     @property
     def largest(self) -> Bucket:
@@ -104,7 +105,7 @@ class Buckets:
 
 
 class CompileCounts:
-    """How often programs were compiled; `after_warmup` is a defect count."""
+    """How often programs were compiled; `after_warmup`, those that a step waited for then, is a defect count."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -147,22 +148,27 @@ class StepCompiler:
 class Programs:
     """The compiled steps, by bucket. Compilation is ahead of time and in parallel threads."""
 
-    def __init__(self, compile_bucket: Callable[[Bucket], jax.stages.Compiled], *, threads: int):
+    def __init__(
+        self, compile_bucket: Callable[[Bucket], jax.stages.Compiled], *, threads: int, background: bool = False
+    ):
+        """`background` compiles what a step would have liked to have beside the steps, never between two of them."""
         self._compile_bucket = compile_bucket
+        self._background = background
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         self._programs: dict[Bucket, Future] = {}
         self._warming: set[Future] = set()  # programs of the warm-up that are not done
         self._lock = threading.RLock()  # re-entrant: cancelling a future runs its callbacks
         self.counts = CompileCounts()
 
-    def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
+    def _compile(self, bucket: Bucket, *, beside: bool) -> jax.stages.Compiled:
+        """Compile beside the steps, or while one waits, which after the warm-up should not happen."""
         start = time.perf_counter()
         compiled = self._compile_bucket(bucket)
         seconds = time.perf_counter() - start
         with self._lock:
             self.counts.total += 1
             self.counts.seconds += seconds
-            late = self.counts.warm
+            late = self.counts.warm and not beside
             self.counts.after_warmup += late
         if late:
             logger.warning("compiled %s in %.1f s after warm-up", bucket, seconds)
@@ -174,7 +180,7 @@ class Programs:
         """Start compiling a bucket unless that has been done; the future holds the compiled program."""
         with self._lock:
             if bucket not in self._programs:
-                self._programs[bucket] = self._pool.submit(self._compile, bucket)
+                self._programs[bucket] = self._pool.submit(self._compile, bucket, beside=True)
             return self._programs[bucket]
 
     def get(self, bucket: Bucket) -> jax.stages.Compiled:
@@ -188,7 +194,7 @@ class Programs:
                 mine = False
         if mine:
             try:
-                future.set_result(self._compile(bucket))
+                future.set_result(self._compile(bucket, beside=False))
             except Exception as error:
                 with self._lock:
                     del self._programs[bucket]
@@ -198,8 +204,9 @@ class Programs:
     def choose(self, bucket: Bucket) -> Bucket:
         """The bucket itself, or one that covers it and whose program is ready.
 
-        While the warm-up runs, any program that covers the bucket will do, and if there is none yet this waits for the
-        first. Later one up to `WASTE` times as large spares compiling the right one between two steps.
+        In the background mode any such program will do while the bucket's own is being compiled. Otherwise one up to
+        `WASTE` times as large spares compiling the right one between two steps. While something that covers the bucket
+        is on its way and nothing is ready, this waits for it.
         """
         while True:
             with self._lock:
@@ -208,16 +215,18 @@ class Programs:
                 covering = {known: future for known, future in self._programs.items() if known.covers(bucket)}
                 ready = [known for known, future in covering.items() if _is_ready(future)]
                 best = min(ready, default=None, key=Bucket.cost)
-                coming = [future for future in covering.values() if not future.done()] if self._warming else []
-                waste = math.inf if self._warming else WASTE
-            if best is not None and best.tokens <= waste * bucket.tokens and best.seqs <= waste * bucket.seqs:
+                if best is not None and self._background:
+                    self.submit(bucket)
+                    return best
+                coming = [future for future in covering.values() if not future.done()]
+            if best is not None and best.tokens <= WASTE * bucket.tokens and best.seqs <= WASTE * bucket.seqs:
                 return best
-            if not coming:
+            if not coming or best is not None:
                 return bucket
             wait(coming, return_when=FIRST_COMPLETED)
 
     def warm_up(self, buckets: Iterable[Bucket]) -> None:
-        """Start compiling these in the background, in this order. Compilations after the last of them count as late."""
+        """Start compiling these, in this order; once all are there, a step that waits for another one is a defect."""
         with self._lock:
             futures = [self.submit(bucket) for bucket in buckets]
             self._warming.update(futures)

@@ -96,23 +96,21 @@ class Runner:
         mode = ScoreMode.parse(self.config.logprobs_mode)
         options = COMPILER_OPTIONS.get(self._device.platform, {})
         compiler = StepCompiler(self._model, self._limits, mode, self._abstract_state, options)
-        self.programs = Programs(compiler, threads=self._threads)
-        if self.config.warmup != "none":
-            self.programs.warm_up(self.buckets.all())
+        warmup = self.config.warmup
+        self.programs = Programs(compiler, threads=self._threads, background=warmup == "lazy")
+        if warmup != "none":
+            self.programs.warm_up(self.buckets.all() if warmup == "full" else self.buckets.essential())
 
     def prepare(self, leaves: tuple[jax.Array, ...]) -> None:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.
 
         The cache was planned before any program existed. If one needs more working memory than that, all is planned
-        again with its figure; with a warm-up in the background only the largest program is waited for and checked.
+        again with its figure. A lazy warm-up waits for and checks the largest program alone, which serves any prompt.
         """
         config = self.config
         while config.warmup != "none":
-            everything, full = self.buckets.all(), config.warmup == "full"
-            if not full:
-                logger.info("compiling %d programs; work begins with the first, the others follow", len(everything))
-            buckets = everything if full else [self.buckets.largest]
-            needed = self.programs.wait(buckets, show_progress=full and config.use_tqdm_on_load)
+            buckets = self.buckets.all() if config.warmup == "full" else [self.buckets.largest]
+            needed = self.programs.wait(buckets, show_progress=config.use_tqdm_on_load)
             if needed <= self.plan.working or self._memory_limit is None:
                 break
             logger.warning(

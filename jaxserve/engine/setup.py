@@ -64,7 +64,8 @@ def build_parts(args: EngineArgs) -> Parts:
         )
         if args.decode_steps is None and model.total_bytes > SLOW_BYTES:
             config = replace(config, decode_steps=1)
-        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) * 3 // 4))
+        # Few threads: Python hands them one program after the other, and XLA uses several cores for each.
+        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) // 4))
         try:
             start = time.perf_counter()
             leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)

@@ -29,3 +29,15 @@ def test_plain_random_sampling_has_its_own_decodes_where_branches_are_dear():
     assert gpu.choose(3, 3, Level.SAMPLE, 0).covers(gpu.choose(3, 3, Level.DRAW, 0))
     rare = {bucket.seqs for bucket in gpu.all() if bucket.decode_only and bucket.level is Level.SAMPLE}
     assert rare == {4, 64}
+
+
+@pytest.mark.parametrize(
+    ("most", "steps", "accelerator"), [(1, 1, False), (5, 4, True), (256, 8, True), (1024, 1, True)]
+)
+def test_a_few_programs_cover_every_common_step(most: int, steps: int, accelerator: bool):
+    buckets = Buckets(most, 2048, steps, accelerator=accelerator)
+    few = buckets.essential()
+    assert len(few) == (2 if steps == 1 else 3)
+    assert few[0] == buckets.largest
+    assert not few[0].decode_only
+    assert all(any(known.covers(bucket) for known in few) for bucket in buckets.all())

@@ -50,9 +50,9 @@ def soon(condition) -> None:
         time.sleep(0.001)
 
 
-def test_during_the_warmup_the_first_program_that_covers_serves(compiler):
-    programs = Programs(compiler, threads=3)
-    programs.warm_up([SMALL, LARGE, MIXED])
+def test_in_the_background_mode_any_program_that_covers_serves_while_the_right_one_compiles(compiler):
+    programs = Programs(compiler, threads=3, background=True)
+    programs.warm_up([LARGE, MIXED])
     compiler.allow(MIXED)  # covers no decode
     chosen: list[Bucket] = []
     thread = threading.Thread(target=lambda: chosen.append(programs.choose(SMALL)))
@@ -62,12 +62,29 @@ def test_during_the_warmup_the_first_program_that_covers_serves(compiler):
     compiler.allow(LARGE)
     thread.join(10)
     assert chosen == [LARGE]
+    soon(lambda: programs.counts.warm)
     assert programs.choose(SMALL) == LARGE  # without waiting, however large
     compiler.allow(SMALL)
     soon(lambda: programs.choose(SMALL) == SMALL)
-    soon(lambda: programs.counts.warm)
     assert programs.counts.total == 3
-    assert programs.counts.after_warmup == 0
+    assert programs.counts.after_warmup == 0  # nobody waited for it
+    compiler.allow(Bucket(128, 128))
+    assert programs.choose(Bucket(128, 128)) == Bucket(128, 128)  # nothing covers it
+    programs.get(Bucket(128, 128))
+    assert programs.counts.after_warmup == 1
+    programs.close()
+
+
+def test_a_step_waits_for_what_is_on_its_way_and_covers_it(compiler):
+    programs = Programs(compiler, threads=2)
+    programs.warm_up([Bucket(8, 8)])
+    chosen: list[Bucket] = []
+    thread = threading.Thread(target=lambda: chosen.append(programs.choose(SMALL)))
+    thread.start()
+    compiler.allow(Bucket(8, 8))
+    thread.join(10)
+    assert chosen == [Bucket(8, 8)]
+    assert programs.counts.total == 1
     programs.close()
 
 
