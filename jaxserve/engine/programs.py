@@ -180,7 +180,8 @@ class Programs:
         """Start compiling a bucket unless that has been done; the future holds the compiled program."""
         with self._lock:
             if bucket not in self._programs:
-                self._programs[bucket] = self._pool.submit(self._compile, bucket, beside=True)
+                future = self._programs[bucket] = self._pool.submit(self._compile, bucket, beside=True)
+                future.add_done_callback(lambda done: _say_failure(bucket, done))
             return self._programs[bucket]
 
     def get(self, bucket: Bucket) -> jax.stages.Compiled:
@@ -255,6 +256,12 @@ class Programs:
     def close(self) -> None:
         """Drop what is queued and wait for what is being compiled."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _say_failure(bucket: Bucket, future: Future) -> None:
+    """A larger program may go on serving, so that nobody else would say why this one is missing."""
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("compiling %s failed: %s", bucket, error)
 
 
 def _is_ready(future: Future | None) -> bool:

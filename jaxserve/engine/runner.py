@@ -97,7 +97,8 @@ class Runner:
         options = COMPILER_OPTIONS.get(self._device.platform, {})
         compiler = StepCompiler(self._model, self._limits, mode, self._abstract_state, options)
         warmup = self.config.warmup
-        self.programs = Programs(compiler, threads=self._threads, background=warmup == "lazy")
+        lazy = warmup == "lazy"
+        self.programs = Programs(compiler, threads=2 if lazy else self._threads, background=lazy)
         if warmup != "none":
             self.programs.warm_up(self.buckets.all() if warmup == "full" else self.buckets.essential())
 
@@ -105,11 +106,14 @@ class Runner:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.
 
         The cache was planned before any program existed. If one needs more working memory than that, all is planned
-        again with its figure. A lazy warm-up waits for and checks the largest program alone, which serves any prompt.
+        again with its figure. A lazy warm-up waits for and checks the few programs that can serve everything.
+
+        The state comes last: tuning matrix products inside the compiler takes device memory, too, and the state leaves
+        no more than one step needs.
         """
         config = self.config
         while config.warmup != "none":
-            buckets = self.buckets.all() if config.warmup == "full" else [self.buckets.largest]
+            buckets = self.buckets.all() if config.warmup == "full" else self.buckets.essential()
             needed = self.programs.wait(buckets, show_progress=config.use_tqdm_on_load)
             if needed <= self.plan.working or self._memory_limit is None:
                 break

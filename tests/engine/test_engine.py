@@ -281,6 +281,18 @@ def test_statistics_of_a_request(llm: LLM) -> None:
     assert grown("inter_token_latency_seconds") == 3 * 11
 
 
+def test_a_lazy_warmup_serves_with_few_programs_and_makes_nobody_wait(
+    tiny_model: Path, compilation_cache: str, alone: dict[str, list]
+) -> None:
+    llm = build(tiny_model, compilation_cache, warmup="lazy", use_tqdm_on_load=False)
+    assert count(llm.get_metrics(), "compilations") == 2
+    mixed = [RANDOM if i % 2 else GREEDY for i in range(len(PROMPTS))]
+    expected = [alone["random" if i % 2 else "greedy"][i] for i in range(len(PROMPTS))]
+    assert tokens(llm.generate(PROMPTS, mixed, use_tqdm=False)) == expected
+    assert count(llm.get_metrics(), "compilations_after_warmup") == 0
+    llm.close()
+
+
 def engine_of(llm: LLM) -> LLMEngine:
     return llm.llm_engine
 

@@ -116,12 +116,13 @@ def test_a_program_that_is_needed_now_goes_before_what_is_queued(compiler):
     programs.close()
 
 
-def test_a_failed_compilation_reaches_who_waits_and_nothing_else(compiler):
+def test_a_failed_compilation_reaches_who_waits_and_nothing_else(compiler, caplog):
     programs, bad = Programs(compiler, threads=2), Bucket(17, 17)
     compiler.allow(bad)
     programs.warm_up([bad, LARGE])
     with pytest.raises(RuntimeError, match="seventeen"):
         programs.wait([bad], show_progress=False)
+    soon(lambda: any("seventeen" in message for message in caplog.messages))
     compiler.allow(LARGE)
     programs.wait([LARGE], show_progress=False)
     assert programs.choose(bad) == LARGE
