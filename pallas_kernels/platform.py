@@ -13,6 +13,6 @@ def require_hopper() -> int:
     if device.platform != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, the platform is {device.platform!r}")
     capability = str(device.compute_capability)
-    if capability.split(".")[0] != "9":
+    if capability.split(".", maxsplit=1)[0] != "9":
         raise NotImplementedError(f"needs compute capability 9.x (Hopper), {device.device_kind} has {capability}")
     return device.core_count

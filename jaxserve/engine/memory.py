@@ -12,6 +12,7 @@ from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
 
 GIB = 1 << 30
+HOLE_BYTES = 64 << 20  # kept free among the arrays that live long, for the small ones that come and go
 CPU_CACHE_BYTES = 2 * GIB  # default pool on CPU, where the engine shares the memory with everything else
 
 
@@ -120,11 +121,11 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
 
 
 def memory_limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes that the allocator of an accelerator has left; None on CPU. To be asked before a model takes any."""
+    """Bytes that an accelerator's allocator has left for the engine; None on CPU. To be asked before a model takes any."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) - HOLE_BYTES
 
 
 def _too_small(plan: MemoryPlan, needed: int) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxserve.batch import Bucket, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
 from jaxserve.engine.edits import step_edits
-from jaxserve.engine.memory import MemoryPlan, estimate_working, memory_limit, plan_memory
+from jaxserve.engine.memory import HOLE_BYTES, MemoryPlan, estimate_working, memory_limit, plan_memory
 from jaxserve.engine.programs import Buckets, Programs, StepCompiler
 from jaxserve.engine.results import Results
 from jaxserve.engine.step import ScoreMode
@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
 # most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
-# seconds of CPU time of a program's compilation, and cuBLAS's are as fast (docs/decisions.md).
+# seconds of CPU time of a program's compilation, and cuBLAS's are as fast (docs/decisions.md). Tuning the choice among
+# those runs them, with operands of its own, in memory that steps count on when a program compiles beside them.
 COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
     {
         "gpu": {
             "xla_disable_hlo_passes": "rematerialization,hlo-rematerialization",
             "xla_gpu_enable_triton_gemm": False,
+            "xla_gpu_autotune_level": "0",
         }
     }
 )
@@ -124,8 +126,12 @@ class Runner:
             self.programs.close()
             self._start(int(needed * 1.02))
         logger.info("%s", self.plan.table())
+        # The allocator fills the smallest gap that fits. Without one below the cache, a step's packed input or results
+        # would land in the middle of the memory that the next step's temporaries need in one piece.
+        hole = None if self._memory_limit is None else jnp.zeros(HOLE_BYTES, jnp.int8).block_until_ready()
         self._state = _zeros(self._abstract_state)
         self._leaves = leaves
+        del hole
 
     @property
     def _cache_dtype(self) -> np.dtype:

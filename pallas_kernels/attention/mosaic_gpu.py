@@ -70,6 +70,7 @@ def hopper_attention(
     if num_tokens <= longest:
         out = stream_attention(q, kv, layer, page_table, plan, config=config, **options)
         return out.reshape(q.shape)
+    _check_long(width)
     long_plan = plan_prefill(cu_q_lens, kv_lens, num_tokens, longest + 1)
     long = prefill_attention(
         q, kv, layer, page_table, long_plan, config=PrefillConfig.fit(ctas, width), **options
@@ -91,3 +92,10 @@ def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages 2 K p H"]) -> Non
     if group * width % 64:
         raise NotImplementedError(f"{group=} x {width=} is not a multiple of 64")
     swizzled(width * 2)
+
+
+def _check_long(width: int) -> None:
+    if width % WG_ROWS:
+        raise NotImplementedError(
+            f"more than {SHORT} rows with heads of {width=}: a lone row is no multiple of 128 bytes"
+        )

@@ -26,8 +26,8 @@ SMALL = (
     case("short chunks", (5, 1, 3), (70, 10, 3), heads=(6, 2), width=64, pad_rows=4),
     case("mixed", (1, 40, 2), (70, 45, 65), heads=(2, 1), width=64, pad_rows=3),
     case("window and soft cap", (2, 36), (150, 100), heads=(4, 2), width=64, window=40, soft_cap=5.0),
-    case("width 80", (1, 33), (70, 33), heads=(4, 1), width=80),
-    case("width 96, float16", (1, 33), (70, 33), heads=(4, 2), width=96, dtype="float16"),
+    case("width 80", (1, 20), (70, 33), heads=(4, 1), width=80),
+    case("width 96, float16", (1, 20), (70, 33), heads=(4, 2), width=96, dtype="float16"),
     case("width 256", (1, 33), (70, 40), heads=(2, 1), width=256),
 )
 LARGE = (
