@@ -121,7 +121,7 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
 
 
 def memory_limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes that an accelerator's allocator has left for the engine; None on CPU. To be asked before a model takes any."""
+    """Bytes that an accelerator's allocator has left for the engine; None on CPU. Ask before a model takes any."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats() or {}
