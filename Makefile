@@ -1,6 +1,7 @@
 # Every target sets up what it needs first; the second run starts at once.
 #   make demo            text from the built-in model
 #   make test            the test suite (ARGS="-k scheduler" passes options to pytest)
+#   make test-gpu        tests of the kernels on this machine's Hopper GPU (with EXTRAS=cuda)
 #   make lint            style and types; `make format` rewrites the files
 #   make bench           throughput of the built-in model at several batch sizes
 #   EXTRAS="cuda"        further extras of pyproject.toml to install, e.g. `make demo EXTRAS=cuda`
@@ -21,7 +22,7 @@ DEMO := .venv/.installed-demo$(SUFFIX)
 DEV := .venv/.installed-dev$(SUFFIX)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test lint format bench bench-transformers clean
+.PHONY: help setup demo chat test test-gpu lint format bench bench-transformers clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,9 @@ chat: $(DEMO)
 
 test: $(DEV)
 	@$(RUN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-gpu: $(DEV)
+	@$(RUN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(DEV)
 	$(RUN)/ruff check
