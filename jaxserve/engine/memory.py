@@ -13,6 +13,7 @@ from jaxserve.models import ModelConfig
 
 GIB = 1 << 30
 HOLE_BYTES = 64 << 20  # kept free among the arrays that live long, for the small ones that come and go
+SAMPLER_COPIES = 7  # of the float32 logits, at most at one time
 CPU_CACHE_BYTES = 2 * GIB  # default pool on CPU, where the engine shares the memory with everything else
 
 
@@ -60,11 +61,16 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype) -> int:
 
 
 def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype) -> int:
-    """First guess of a step's working memory, before its program has been compiled: what must exist at one time."""
-    logits = 4 * bucket.seqs * model.vocab_size * 4  # float32 logits and three copies through the sampler
+    """First guess of a step's working memory, before its program has been compiled: what must exist at one time.
+
+    Either a layer's activations or, later, the sampler's copies of the logits, and the hidden states beside both. The
+    number of copies is what XLA needed on a GPU for 1,024 sequences and 151,936 tokens, with two sizes of layers.
+    """
+    sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = 4 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads)
-    return logits + bucket.tokens * widest * max(np.dtype(dtype).itemsize, 4)
+    widest = 2 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads)
+    size = max(np.dtype(dtype).itemsize, 4)
+    return max(sampler, bucket.tokens * widest * size) + 2 * bucket.tokens * model.hidden_size * size
 
 
 def plan_memory(
