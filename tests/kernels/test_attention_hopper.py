@@ -10,6 +10,7 @@ from cases import Arrays, Case, attention, make
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import OP, hopper_stream, mosaic_gpu, paged_attention
+from pallas_kernels.attention.hopper_stream_kernel import RUN_WORDS, TILE_WORDS
 
 PAGED = Case("", (), (), page=64, dtype="bfloat16")
 
@@ -83,7 +84,7 @@ def test_plan_visits_every_page_once():
     lens, config = jnp.array([130, 1, 0, 700], jnp.int32), hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
     starts = jnp.array([0, 1, 2, 2, 3], jnp.int32)
     plan = hopper_stream.plan_stream(starts, lens, 4, 1, 4, 2, None, config)
-    tiles, runs = plan.tiles.reshape(-1, hopper_stream.TILE_WORDS), plan.runs.reshape(-1, hopper_stream.RUN_WORDS)
+    tiles, runs = plan.tiles.reshape(-1, TILE_WORDS), plan.runs.reshape(-1, RUN_WORDS)
     seen = []
     for first, start, size, touched in np.asarray(runs).tolist():
         left = size
