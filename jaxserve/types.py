@@ -197,11 +197,6 @@ class Sequence:
         return self.num_tokens - self.num_prompt
 
     @property
-    def max_output(self) -> int:
-        """The most tokens it may generate."""
-        return len(self.tokens) - self.num_prompt
-
-    @property
     def output_ids(self) -> np.ndarray:
         """Generated token ids known so far, int32 `[num_output]` (a view)."""
         return self.tokens[self.num_prompt : self.num_tokens]

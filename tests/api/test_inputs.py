@@ -279,7 +279,7 @@ def test_make_sequences():
         sequence.check()
         assert sequence.tokens.dtype == np.int32
         assert sequence.tokens[:2].tolist() == [5, 6]
-        assert (sequence.num_prompt, sequence.num_tokens, sequence.max_output, sequence.num_output) == (2, 2, 4, 0)
+        assert (sequence.num_prompt, sequence.num_tokens, len(sequence.tokens), sequence.num_output) == (2, 2, 6, 0)
         assert (sequence.stop_ids, sequence.eos_ids) == ({7, 9}, {7})
     sequences[0].tokens[0] = 77
     assert sequences[1].tokens[0] == made.prompt_token_ids[0] == 5
