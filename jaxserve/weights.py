@@ -46,11 +46,13 @@ class ModelPlan:
         path: the folder or file it will be loaded from.
         hf_config: its config in Hugging Face's keys.
         load_format: "safetensors", "gguf", "orbax" or "dummy"; "auto" is "safetensors" or "gguf", by the files.
+        max_model_len: as given to `plan_model`.
         parameters: the flat tuple of leaves that crosses `jit`, by name.
     """
 
     path: Path
     hf_config: Mapping[str, Any]
+    max_model_len: int | None
     load_format: str
     family: Family
     model_config: ModelConfig
@@ -138,7 +140,7 @@ def plan_model(
     stored = read_manifest(path)["dtype"] if load_format == "orbax" else None
     chosen = resolve_dtype(dtype, hf_config, mesh, stored)
     graphdef, treedef, parameters = plan_parameters(family, config, chosen, mesh)
-    return ModelPlan(path, hf_config, load_format, family, config, chosen, graphdef, treedef, parameters)
+    return ModelPlan(path, hf_config, max_model_len, load_format, family, config, chosen, graphdef, treedef, parameters)
 
 
 def load_weights(plan: ModelPlan, *, seed: int = 0, show_progress: bool = True) -> tuple[jax.Array, ...]:

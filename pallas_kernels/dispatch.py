@@ -2,16 +2,38 @@
 
 An implementation is a function with the op's own arguments. It raises `NotImplementedError`, naming the values, when
 it cannot serve a call (wrong platform, unsupported shape, missing feature); the next one in the table is tried then.
-Each choice is logged at level INFO with the reasons against the better ones, as often as a call is traced.
+Each choice is logged at level INFO with the reasons against the better ones, as often as a call is traced; inside
+`recorded` it is only written down, for programs that are traced in one place and used in another.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import jax
 
 logger = logging.getLogger(__name__)
+
+_record: ContextVar[list[str] | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """What would have been logged by calls inside, on this thread."""
+    notes: list[str] = []
+    token = _record.set(notes)
+    try:
+        yield notes
+    finally:
+        _record.reset(token)
+
+
+def announce(notes: list[str]) -> None:
+    """Log what was recorded."""
+    for note in notes:
+        logger.info("%s", note)
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,8 @@ class Op[**Arguments, Result]:
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
             else:
-                logger.info("%s: %s%s", self.name, name, f" ({'; '.join(reasons)})" if reasons else "")
+                note = f"{self.name}: {name}{f' ({"; ".join(reasons)})' if reasons else ''}"
+                record = _record.get()
+                announce([note]) if record is None else record.append(note)
                 return name, result
         raise NotImplementedError(f"{self.name} cannot serve this call: " + "; ".join(reasons))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.batch import Bucket, Limits, State, layout, packed_size
+from jaxserve.engine.runner import COMPILER_OPTIONS
 from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.weights import LoadedModel, load_model, read_hf_config
@@ -131,13 +132,14 @@ def make_state(loaded: LoadedModel, limits: Limits) -> State:
 def compile_step(
     loaded: LoadedModel, state: State, bucket: Bucket, limits: Limits, options: Mapping[str, Any]
 ) -> jax.stages.Compiled:
-    """The engine's step for this bucket."""
+    """The engine's step for this bucket, compiled as the engine does it apart from `options`."""
 
     def program(leaves: tuple[jax.Array, ...], state: State, buffer: jax.Array) -> tuple[State, jax.Array]:
         return step(loaded.merge(leaves), state, buffer, bucket, limits, ScoreMode.parse("raw_logprobs"))
 
     buffer = jax.ShapeDtypeStruct((packed_size(bucket, limits),), jnp.int32)
-    return jax.jit(program, donate_argnums=1).lower(loaded.leaves, state, buffer).compile(dict(options))
+    options = COMPILER_OPTIONS.get(jax.default_backend(), {}) | options
+    return jax.jit(program, donate_argnums=1).lower(loaded.leaves, state, buffer).compile(options)
 
 
 def wall_time(

@@ -1,21 +1,23 @@
 """The programs of an engine: which step shapes there are, and their ahead-of-time compilation."""
 
 import bisect
+import itertools
 import logging
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from dataclasses import dataclass
+from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 from tqdm import tqdm
 
 from jaxserve.batch import Bucket, Level, Limits, State, packed_size
-from jaxserve.engine.step import ScoreMode, step
-from jaxserve.weights import ModelPlan
+from jaxserve.engine.tracing import ProgramStore, load_program
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,14 @@ class Buckets:
         return max(self.all(), key=Bucket.cost)
 
 
+class Rank(IntEnum):
+    """What is compiled first."""
+
+    STOP = 0  # nothing more
+    WANTED = 1  # by a step that has to make do with a larger program
+    WARM_UP = 2
+
+
 class CompileCounts:
     """How often programs were compiled; `after_warmup`, those that a step waited for then, is a defect count."""
 
@@ -119,29 +129,32 @@ class StepCompiler:
     """Makes the program of a bucket; all of it is known before any array exists.
 
     Attributes:
-        state: what every step gets and returns, as shapes.
+        leaves, state: what every step gets, as shapes.
+        trace: exports the step of a bucket.
+        digest: names the program of a bucket.
+        store: programs exported earlier, if any are kept.
         options: of the XLA compiler.
-        tracing: held while Python traces and lowers. Threads could only take turns at that, which would bring all their
-            programs to the compiler late instead of one after the other early.
     """
 
-    model: ModelPlan
-    limits: Limits
-    mode: ScoreMode
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
     state: State
+    limits: Limits
+    trace: Callable[[Bucket], bytes]
+    digest: Callable[[Bucket], str]
+    store: ProgramStore | None
     options: Mapping[str, str | bool]
-    tracing: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, bucket: Bucket) -> jax.stages.Compiled:
-        """Trace, lower and compile (or find in jax's persistent cache); takes `(leaves, state, buffer)`."""
-
-        def program(leaves: tuple[Array, ...], state: State, buffer: Array) -> tuple[State, Array]:
-            return step(self.model.merge(leaves), state, buffer, bucket, self.limits, self.mode)
-
-        leaves = tuple(self.model.parameters.values())
+        """Trace (or find in the store) and compile (or find in jax's cache); takes `(leaves, state, buffer)`."""
+        digest = "" if self.store is None else self.digest(bucket)
+        blob = None if self.store is None else self.store.get(digest)
+        if blob is None:
+            blob = self.trace(bucket)
+            if self.store is not None:
+                self.store.put(digest, blob)
+        program = load_program(blob, self.state)
         buffer = jax.ShapeDtypeStruct((packed_size(bucket, self.limits),), jnp.int32)
-        with self.tracing:
-            lowered = jax.jit(program, donate_argnums=1).lower(leaves, self.state, buffer)
+        lowered = jax.jit(program, donate_argnums=1).lower(self.leaves, self.state, buffer)
         return lowered.compile(compiler_options=dict(self.options))
 
 
@@ -149,16 +162,41 @@ class Programs:
     """The compiled steps, by bucket. Compilation is ahead of time and in parallel threads."""
 
     def __init__(
-        self, compile_bucket: Callable[[Bucket], jax.stages.Compiled], *, threads: int, background: bool = False
+        self,
+        compile_bucket: Callable[[Bucket], jax.stages.Compiled],
+        *,
+        threads: int,
+        background: bool = False,
+        when_warm: Callable[[], None] | None = None,
     ):
         """`background` compiles what a step would have liked to have beside the steps, never between two of them."""
         self._compile_bucket = compile_bucket
         self._background = background
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+        self._when_warm = when_warm
         self._programs: dict[Bucket, Future] = {}
         self._warming: set[Future] = set()  # programs of the warm-up that are not done
+        self._wanted: set[Bucket] = set()  # buckets that moved up
         self._lock = threading.RLock()  # re-entrant: cancelling a future runs its callbacks
+        self._queue: queue.PriorityQueue[tuple[Rank, int, Bucket | None]] = queue.PriorityQueue()
+        self._count = itertools.count()
         self.counts = CompileCounts()
+        self._threads = [threading.Thread(target=self._work, daemon=True, name="compile") for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+        # A process that ends must not pull the ground from under a compiler at work.
+        self._stop = weakref.finalize(self, _stop, self._queue, self._threads)
+
+    def _work(self) -> None:
+        """A thread's life: compile what is most urgent, until told to stop."""
+        while (bucket := self._queue.get()[2]) is not None:
+            with self._lock:
+                future = self._programs[bucket]
+                if future.running() or future.done() or not future.set_running_or_notify_cancel():
+                    continue  # asked for twice, or compiled by who needed it
+            try:
+                future.set_result(self._compile(bucket, beside=True))
+            except Exception as error:
+                future.set_exception(error)
 
     def _compile(self, bucket: Bucket, *, beside: bool) -> jax.stages.Compiled:
         """Compile beside the steps, or while one waits, which after the warm-up should not happen."""
@@ -176,13 +214,22 @@ class Programs:
             logger.debug("compiled %s in %.1f s", bucket, seconds)
         return compiled
 
-    def submit(self, bucket: Bucket) -> Future:
-        """Start compiling a bucket unless that has been done; the future holds the compiled program."""
+    def submit(self, bucket: Bucket, rank: Rank = Rank.WARM_UP) -> Future:
+        """Start compiling a bucket unless that has been done; the future holds the compiled program.
+
+        One that is queued moves up if it is asked for with a more urgent rank.
+        """
         with self._lock:
-            if bucket not in self._programs:
-                future = self._programs[bucket] = self._pool.submit(self._compile, bucket, beside=True)
+            future = self._programs.get(bucket)
+            if future is None:
+                future = self._programs[bucket] = Future()
                 future.add_done_callback(lambda done: _say_failure(bucket, done))
-            return self._programs[bucket]
+            elif rank is Rank.WARM_UP or bucket in self._wanted:
+                return future
+            if rank is Rank.WANTED:
+                self._wanted.add(bucket)
+            self._queue.put((rank, next(self._count), bucket))
+            return future
 
     def get(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program of a bucket, compiled on the spot if need be (ahead of anything queued)."""
@@ -190,6 +237,7 @@ class Programs:
             future = self._programs.get(bucket)
             if future is None or (not future.done() and future.cancel()):
                 future = self._programs[bucket] = Future()
+                future.set_running_or_notify_cancel()
                 mine = True
             else:
                 mine = False
@@ -217,7 +265,7 @@ class Programs:
                 ready = [known for known, future in covering.items() if _is_ready(future)]
                 best = min(ready, default=None, key=Bucket.cost)
                 if best is not None and self._background:
-                    self.submit(bucket)
+                    self.submit(bucket, Rank.WANTED)
                     return best
                 coming = [future for future in covering.values() if not future.done()]
             if best is not None and best.tokens <= WASTE * bucket.tokens and best.seqs <= WASTE * bucket.seqs:
@@ -240,6 +288,8 @@ class Programs:
             self.counts.warm = not self._warming
             if self.counts.warm:
                 logger.info("all %d programs are ready", sum(map(_is_ready, self._programs.values())))
+        if self.counts.warm and self._when_warm is not None:
+            self._when_warm()
 
     def wait(self, buckets: Iterable[Bucket], *, show_progress: bool) -> int:
         """Wait for these programs; returns the most working memory that one of them needs, in bytes.
@@ -253,9 +303,25 @@ class Programs:
         found = [future.result().memory_analysis() for future in bar]
         return max((analysis.temp_size_in_bytes for analysis in found if analysis is not None), default=0)
 
+    def drop(self) -> None:
+        """Compile nothing more; what is being compiled ends beside whatever comes next."""
+        with self._lock:
+            for future in self._programs.values():
+                future.cancel()
+        for _ in self._threads:
+            self._queue.put((Rank.STOP, 0, None))
+
     def close(self) -> None:
         """Drop what is queued and wait for what is being compiled."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.drop()
+        self._stop()
+
+
+def _stop(tasks: queue.PriorityQueue, threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        tasks.put((Rank.STOP, 0, None))
+    for thread in threads:
+        thread.join()
 
 
 def _say_failure(bucket: Bucket, future: Future) -> None:

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ import numpy as np
 from jaxserve.batch import Bucket, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
 from jaxserve.engine.edits import step_edits
+from jaxserve.engine.helpers import Tracers
 from jaxserve.engine.memory import HOLE_BYTES, MemoryPlan, estimate_working, memory_limit, plan_memory
 from jaxserve.engine.programs import Buckets, Programs, StepCompiler
 from jaxserve.engine.results import Results
 from jaxserve.engine.step import ScoreMode
-from jaxserve.kv_cache import KVCache
+from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, state_shapes
 from jaxserve.types import Work
 from jaxserve.weights import ModelPlan
 
@@ -94,15 +95,35 @@ class Runner:
         )
         self.config = self.config.fitted(self.plan.max_model_len)
         self._limits = self.limits(self.plan)
-        self._abstract_state = self._shape_state(self.plan)
-        mode = ScoreMode.parse(self.config.logprobs_mode)
-        options = COMPILER_OPTIONS.get(self._device.platform, {})
-        compiler = StepCompiler(self._model, self._limits, mode, self._abstract_state, options)
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        self._abstract_state = state_shapes(self._model.model_config, self._limits, self._cache_dtype, sharding)
         warmup = self.config.warmup
-        lazy = warmup == "lazy"
-        self.programs = Programs(compiler, threads=2 if lazy else self._threads, background=lazy)
+        self._tracers, compiler = self._compiler()
+        self.programs = Programs(
+            compiler, threads=self._threads, background=warmup == "lazy", when_warm=self._tracers.rest
+        )
         if warmup != "none":
-            self.programs.warm_up(self.buckets.all() if warmup == "full" else self.buckets.essential())
+            first = self.buckets.essential()
+            self.programs.warm_up([*first, *(bucket for bucket in self.buckets.all() if bucket not in first)])
+
+    def _compiler(self) -> tuple[Tracers, StepCompiler]:
+        """What traces and what compiles steps, for the sizes as they are planned now."""
+        model, mode, device = self._model, ScoreMode.parse(self.config.logprobs_mode), self._device
+        recipe = Recipe.of(model, self._limits, mode, device)
+        # Tracing beside each other pays where warming up is the rule and cores are plenty.
+        helpers = self._threads // 2 if self.config.warmup != "none" and device.platform != "cpu" else 0
+        tracers = Tracers(Tracer(recipe, model), recipe, helpers)
+        cache = jax.config.jax_compilation_cache_dir
+        compiler = StepCompiler(
+            tuple(model.parameters.values()),
+            self._abstract_state,
+            self._limits,
+            tracers,
+            recipe.digest,
+            None if cache is None or not recipe.portable else ProgramStore(Path(cache) / "steps"),
+            COMPILER_OPTIONS.get(device.platform, {}),
+        )
+        return tracers, compiler
 
     def prepare(self, leaves: tuple[jax.Array, ...]) -> None:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.
@@ -123,7 +144,8 @@ class Runner:
                 "a step needs %.2f GiB of working memory, %.2f were planned; planning again",
                 needed / 2**30, self.plan.working / 2**30,
             )  # fmt: skip
-            self.programs.close()
+            self.programs.drop()
+            self._tracers.close()
             self._start(int(needed * 1.02))
         logger.info("%s", self.plan.table())
         # The allocator fills the smallest gap that fits. Without one below the cache, a step's packed input or results
@@ -149,20 +171,6 @@ class Runner:
             max_logprobs=vocab if most < 0 else min(most, vocab),
         )
 
-    def _shape_state(self, plan: MemoryPlan) -> State:
-        model = self._model.model_config
-        shape = KVCache.shape(model.num_layers, plan.num_pages, model.num_kv_heads, plan.page_size, model.head_dim)
-        sharding = jax.sharding.SingleDeviceSharding(self._device)
-
-        def array(shape: tuple[int, ...], dtype: np.dtype) -> Any:  # stands where State wants an array
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-        return State(
-            cache=KVCache(array(shape, self._cache_dtype)),
-            tokens=array((plan.num_pages, plan.page_size), np.dtype(np.int32)),
-            last_token=array((self.config.max_num_seqs,), np.dtype(np.int32)),
-        )
-
     def launch(self, work: Work) -> InFlight:
         """Start a step and return at once; the copy of its results to the host is under way."""
         self._table.update(work.sequences)
@@ -179,6 +187,7 @@ class Runner:
     def close(self) -> None:
         """Stop compiling and free the device state."""
         self.programs.close()
+        self._tracers.close()
         if self._leaves:
             for array in jax.tree.leaves(self._state):
                 array.delete()

@@ -30,7 +30,9 @@ def contract(
         "preferred_element_type": out_dtype or x.dtype,
     }
     plain = partial(_rows_first, **options)
-    if 1 < len(rows) <= FEW_ROWS and x.dtype == kernel.dtype == jnp.float32:
+    if len(rows) == 1:
+        flat = jax.lax.platform_dependent(rows, weights, cuda=partial(_lone_row, **options), default=plain)
+    elif len(rows) <= FEW_ROWS and x.dtype == kernel.dtype == jnp.float32:
         flat = jax.lax.platform_dependent(rows, weights, cpu=partial(_weights_first, **options), default=plain)
     else:
         flat = plain(rows, weights)
@@ -45,6 +47,15 @@ def _weights_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], **optio
     """The same product turned round: XLA's CPU library repacks its right operand in every call, so let that be `x`."""
     product = jax.lax.dot_general(weights, x, (((1,), (1,)), ((), ())), **options)
     return jax.lax.optimization_barrier(product).T  # without the barrier XLA turns it back
+
+
+def _lone_row(x: Float[Array, "1 i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "1 o"]:
+    """The same product as a sum, which XLA fuses into one kernel at the speed of the GPU's memory.
+
+    For a lone row cuBLAS is slower, and where it cannot give the result's type XLA converts the weights in every step.
+    """
+    product = x.astype(jnp.float32) * weights.astype(jnp.float32)
+    return jnp.sum(product, axis=1)[None].astype(options["preferred_element_type"])
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:

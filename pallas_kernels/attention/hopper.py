@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
-NEG = -1e30  # finite: exp2(NEG - NEG) must not be NaN
+NEG = -1e30  # the maximum of nothing; finite, since exp2(NEG - NEG) must not be NaN
 WG_ROWS = 64  # rows that one warpgroup multiplies at a time
 PAGE = 64  # tokens per page that the kernels serve: one TMA box per page and head
 
@@ -42,7 +42,8 @@ def softmax_step(
         power = jnp.exp2(scores * (2 * LOG2E * scale / soft_cap))
         scores, factor = 1 - 2 / (power + 1), soft_cap * LOG2E
     if visible is not None:
-        scores = jnp.where(visible, scores, NEG)
+        # Not NEG: NEG x factor, rounded, and what the multiply-add below makes of it differ by more than exp2 can take.
+        scores = jnp.where(visible, scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)
     decay = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores * factor - spread(new_top, scores))

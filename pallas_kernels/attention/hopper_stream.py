@@ -62,7 +62,7 @@ class StreamConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StreamPlan:
-    """Who reads what; the same for all layers of a step."""
+    """Who reads what; the same for all layers of a step. A run's words end with those of its first tile."""
 
     tiles: Int[Array, "tile_words"]
     runs: Int[Array, "run_words"]
@@ -72,6 +72,7 @@ class StreamPlan:
 def plan_stream(
     cu_q_lens: Int[Array, "bounds"],
     kv_lens: Int[Array, "S"],
+    page_table: Int[Array, "S P"],
     num_tiles: int,
     tile_tokens: int,
     max_q_len: int,
@@ -106,9 +107,14 @@ def plan_stream(
     if config.whole:
         cuts, page = jnp.where(cuts < total, cuts - page, total), jnp.zeros_like(page)
     sizes = cuts[1:] - cuts[:-1]
-    touched = jnp.where(sizes > 0, locate(cuts[1:] - 1)[0] - group[:-1] + 1, 0)
+    last_group, last_page = locate(cuts[1:] - 1)
+    group, page = group[:-1], page[:-1]
+    touched = jnp.where(sizes > 0, last_group - group + 1, 0)
     tiles = jnp.stack([cu_q_lens[seq] + skipped, tokens, seq, position, low, pages], axis=1)
-    runs = jnp.stack([group[:-1], page[:-1], sizes, touched], axis=1)
+    first = jnp.minimum(group // key_heads, num_tiles - 1)
+    place = page_table.at[seq[first], low[first] + page].get(mode="clip")
+    runs = jnp.stack([group, page, place, sizes, touched, last_page + 1], axis=1)
+    runs = jnp.concatenate([runs, tiles[first]], axis=1)
     return StreamPlan(tiles.reshape(-1), runs.reshape(-1), jnp.stack([total, cu_q_lens[-1]]))
 
 

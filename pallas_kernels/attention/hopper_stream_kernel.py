@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike
 from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, softmax_step, spread
 
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
-RUN_WORDS = 4  # first (tile, head) group, first page of it, pages in all, groups touched
+RUN_WORDS = 6  # first (tile, head) group, first page of it, its place, pages in all, groups touched, pages of the last
 MERGE = 8  # partial results whose loads are in flight together
 FEW = 2  # partial results up to which whole tiles are merged: no detour for the CTA's own
 
@@ -118,8 +118,10 @@ class Run:
     wg: Any
     first_group: Any
     first_page: Any
+    first_place: Any
     size: Any
     touched: Any
+    last_pages: Any
     mine: Any = None
 
     def cut(self, c: Any) -> Any:
@@ -139,17 +141,29 @@ class Run:
         """How many CTAs after this one hold a group's `missing` pages."""
         return self.begun_by(self.cut(self.cta + 1) + missing - 1) - self.cta
 
+    def begin(self) -> tuple[Any, ...]:
+        """What `describe` says of the first group, from the words of the run: there is nothing to hide a look-up."""
+        base = self.cta * (RUN_WORDS + TILE_WORDS) + RUN_WORDS
+        words = (self.refs.runs[base + j] for j in range(TILE_WORDS))
+        return lax.rem(self.first_group, self.sizes.key_heads), *words
+
     def describe(self, i: Any) -> tuple[Any, ...]:
-        """Head and tile words of the run's i-th group."""
-        number = self.first_group + jnp.minimum(i, jnp.maximum(self.touched - 1, 0))
+        """Head and tile words of the i-th group that the CTA works on.
+
+        After the first, of which others may wait for a part, comes the last, of which it may want parts: these are
+        there by then, and pages keep arriving while it merges them.
+        """
+        last = jnp.maximum(self.touched - 1, 0)
+        number = self.first_group + jnp.where(i <= 1, jnp.minimum(i * last, last), jnp.minimum(i - 1, last))
         key_heads = self.sizes.key_heads
         tile = lax.div(number, key_heads) * TILE_WORDS
         return (lax.rem(number, key_heads), *(self.refs.tiles[tile + j] for j in range(TILE_WORDS)))
 
-    def part(self, i: Any, done: Any, pages: Any) -> tuple[Any, Any]:
+    def part(self, i: Any, pages: Any) -> tuple[Any, Any]:
         """First page of the i-th group that is in the run, and how many are."""
         start = jnp.where(i == 0, self.first_page, 0)
-        return start, jnp.minimum(pages - start, self.size - done)
+        first = jnp.minimum(pages - start, self.size)
+        return start, jnp.where(i == 0, first, jnp.where(i == 1, self.last_pages, pages))
 
 
 def kernel(sizes: Sizes, *references: Any) -> None:
@@ -158,7 +172,7 @@ def kernel(sizes: Sizes, *references: Any) -> None:
     semaphores = plgpu.SemaphoreType.REGULAR((sizes.ctas * sizes.warpgroups,))
     sems = None if sizes.whole else pl.get_global(semaphores)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    run = Run(sizes, refs, sems, cta, wg, *(refs.runs[cta * RUN_WORDS + j] for j in range(RUN_WORDS)))
+    run = Run(sizes, refs, sems, cta, wg, *(refs.runs[cta * (RUN_WORDS + TILE_WORDS) + j] for j in range(RUN_WORDS)))
     pl.when(wg == sizes.warpgroups)(functools.partial(load, run))
     pl.when(wg < sizes.warpgroups)(functools.partial(compute, run))
 
@@ -169,7 +183,7 @@ def load(run: Run) -> None:
     if not sizes.alone:
         plgpu.set_max_registers(40, action="decrease")
     segment = functools.partial(load_segment, run, refs.layer[0])
-    done, _ = lax.fori_loop(0, run.touched, segment, (jnp.int32(0), run.describe(0)))
+    done, *_ = lax.fori_loop(0, run.touched, segment, (jnp.int32(0), run.begin(), run.first_place))
 
     # Drain, so that every barrier ends in a completed phase (the interpreter checks it).
     @pl.loop(jnp.maximum(done - sizes.stages, 0), done)
@@ -181,13 +195,14 @@ def load(run: Run) -> None:
         plgpu.barrier_wait(refs.q_free.at[lax.rem(i, sizes.queries)])
 
 
-def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...]]:
-    """Queries and pages of the run's i-th group; the next group's words are read ahead of their use."""
+def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...], Any]) -> tuple[Any, ...]:
+    """Queries and pages of the run's i-th group; the next group's words and first page are read ahead of their use."""
     sizes, refs = run.sizes, run.refs
     group, tile_tokens, stages = sizes.group, sizes.tile_tokens, sizes.stages
-    done, (head, row, _, seq, _, low, pages) = carry
+    done, (head, row, _, seq, _, low, pages), first = carry
     following = run.describe(i + 1)
-    start, count = run.part(i, done, pages)
+    following_first = refs.table[following[3], following[5]]
+    start, count = run.part(i, pages)
     slot = lax.rem(i, sizes.queries)
 
     @pl.when(i >= sizes.queries)
@@ -213,8 +228,8 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
         plgpu.copy_gmem_to_smem(refs.kv.at[layer, page, 1, head], refs.v_s.at[stage], refs.v_full.at[stage])
         return upcoming
 
-    lax.fori_loop(0, count, fetch, refs.table[seq, base])
-    return done + count, following
+    lax.fori_loop(0, count, fetch, first)
+    return done + count, following, following_first
 
 
 def compute(run: Run) -> None:
@@ -231,7 +246,7 @@ def compute_segment(run: Run, i: Any, done: Any) -> Any:
     """My rows of the run's i-th group."""
     sizes, refs, wg, per = run.sizes, run.refs, run.wg, run.sizes.per
     head, row, tokens, _, position, low, pages = run.describe(i)
-    start, count = run.part(i, done, pages)
+    start, count = run.part(i, pages)
     slot = lax.rem(i, sizes.queries)
     tokens = jnp.minimum(tokens - wg * per, per)  # mine
     plgpu.barrier_wait(refs.q_full.at[slot])

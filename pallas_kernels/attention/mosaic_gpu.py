@@ -66,7 +66,7 @@ def hopper_attention(
         tiles, longest = num_tokens, num_tokens
     else:
         tiles, longest = min(seqs * -(-SHORT // tokens), seqs + num_tokens // tokens), SHORT
-    plan = plan_stream(cu_q_lens, kv_lens, tiles, tokens, longest, key_heads, window, config)
+    plan = plan_stream(cu_q_lens, kv_lens, page_table, tiles, tokens, longest, key_heads, window, config)
     if num_tokens <= longest:
         out = stream_attention(q, kv, layer, page_table, plan, config=config, **options)
         return out.reshape(q.shape)

@@ -83,20 +83,25 @@ def test_lowers_for_cuda(case: Case):
 def test_plan_visits_every_page_once():
     lens, config = jnp.array([130, 1, 0, 700], jnp.int32), hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
     starts = jnp.array([0, 1, 2, 2, 3], jnp.int32)
-    plan = hopper_stream.plan_stream(starts, lens, 4, 1, 4, 2, None, config)
-    tiles, runs = plan.tiles.reshape(-1, TILE_WORDS), plan.runs.reshape(-1, RUN_WORDS)
+    table = jnp.arange(4 * 12, dtype=jnp.int32).reshape(4, 12)
+    plan = hopper_stream.plan_stream(starts, lens, table, 4, 1, 4, 2, None, config)
+    tiles, runs = np.asarray(plan.tiles).reshape(-1, TILE_WORDS), np.asarray(plan.runs).reshape(7, -1)
     seen = []
-    for first, start, size, touched in np.asarray(runs).tolist():
+    for run in runs.tolist():
+        first, start, place, size, touched, last = run[:RUN_WORDS]
+        assert run[RUN_WORDS:] == tiles[first // 2].tolist()
+        assert place == 12 * tiles[first // 2, 2] + start
         left = size
         for group in range(first, first + touched):
             page = start if group == first else 0
             pages = min(int(tiles[group // 2, 5]) - page, left)
             seen += [(int(tiles[group // 2, 2]), group % 2, page + i) for i in range(pages)]
             left -= pages
+            assert left or page + pages == last
         assert left == 0
     assert seen == [(s, h, p) for s, n in ((0, 3), (1, 1), (3, 11)) for h in range(2) for p in range(n)]
     assert plan.totals.tolist() == [30, 3]
-    assert max(np.asarray(runs)[:, 2]) - min(np.asarray(runs)[:, 2]) <= 1
+    assert max(runs[:, 3]) - min(runs[:, 3]) <= 1
 
 
 @pytest.mark.parametrize(

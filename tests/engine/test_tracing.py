@@ -1,0 +1,139 @@
+"""Exported steps: what names them, where they are kept, and that any process makes the same."""
+
+import json
+import os
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.batch import Bucket, Level, Limits, packed_size
+from jaxserve.engine.helpers import Helper, Tracers
+from jaxserve.engine.step import ScoreMode
+from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, load_program, state_shapes
+from jaxserve.weights import load_weights
+
+H100 = ("NVIDIA H100 80GB HBM3", 132, "gpu")
+CPU = ("cpu", None, "cpu")
+GREEDY, DRAW = Bucket(4, 4), Bucket(4, 4, Level.DRAW)
+
+
+def recipe(folder: Path, device=CPU, **changes) -> Recipe:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    mode = ScoreMode.parse("raw_logprobs")
+    return Recipe(config, 128, "bfloat16" if device is H100 else "float32", Limits(8, 2, 64, 16, 5), mode, device)
+
+
+def run(blob: bytes, recipe: Recipe, bucket: Bucket) -> np.ndarray:
+    """The results of the exported step on dummy weights and an all but empty batch."""
+    model = recipe.plan()
+    shapes = state_shapes(model.model_config, recipe.limits, model.dtype, None)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    buffer = jnp.ones(packed_size(bucket, recipe.limits), jnp.int32)
+    return np.asarray(jax.jit(load_program(blob, state))(load_weights(model), state, buffer)[1])
+
+
+def test_a_recipe_survives_being_written_down(tiny_model: Path):
+    first = recipe(tiny_model)
+    again = Recipe.loads(first.dumps())
+    assert again == first
+    assert again.digest(GREEDY) == first.digest(GREEDY)
+
+
+def test_whatever_changes_a_program_changes_its_name(tiny_model: Path):
+    first = recipe(tiny_model)
+    others = [
+        recipe(tiny_model, H100),
+        recipe(tiny_model, rms_norm_eps=1e-6),
+        replace(first, dtype="bfloat16"),
+        replace(first, max_model_len=64),
+        replace(first, limits=replace(first.limits, num_pages=17)),
+        replace(first, mode=ScoreMode.parse("processed_logprobs")),
+    ]
+    names = {one.digest(GREEDY) for one in (first, *others)} | {first.digest(DRAW)}
+    with jax.default_matmul_precision("highest"):
+        names.add(first.digest(GREEDY))
+    assert len(names) == len(others) + 3
+
+
+def test_a_config_that_json_cannot_hold_is_not_portable(tiny_model: Path):
+    assert recipe(tiny_model).portable
+    assert not recipe(tiny_model, odd=object()).portable
+
+
+def test_a_helper_makes_the_same_program(tiny_model: Path):
+    plan = recipe(tiny_model)
+    helper = Helper(plan)
+    try:
+        helper.wait_ready()
+        theirs, ours = helper(DRAW), Tracer(plan)(DRAW)
+    finally:
+        helper.close()
+    assert theirs.partition(b"\n")[0] == ours.partition(b"\n")[0]
+    np.testing.assert_array_equal(run(theirs, plan, DRAW), run(ours, plan, DRAW))
+
+
+def test_a_helper_that_dies_is_replaced_by_this_process(tiny_model: Path):
+    plan, asked = recipe(tiny_model), []
+    tracers = Tracers(lambda bucket: bytes(asked.append(bucket) or b"ours"), plan, helpers=0)
+    helper = Helper(plan)
+    tracers._helping.add(helper)
+    tracers._idle.put(helper)
+    helper._process.kill()
+    assert tracers(GREEDY) == b"ours"
+    assert tracers(DRAW) == b"ours"
+    assert asked == [GREEDY, DRAW]
+    tracers.close()
+
+
+def test_helpers_take_over_and_one_of_them_stays(tiny_model: Path):
+    plan = recipe(tiny_model)
+    tracers = Tracers(lambda bucket: b"ours", plan, helpers=2)
+    while len(tracers._helping) < 2:
+        tracers(GREEDY)  # by whoever is there
+    assert tracers(GREEDY) != b"ours"
+    tracers.rest()
+    assert len(tracers._helping) == 1
+    assert tracers(GREEDY) != b"ours"
+    tracers.close()
+    assert tracers(GREEDY) == b"ours"
+
+
+def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
+    """Head width 64 and one key head per two: all kernels of a Hopper GPU serve."""
+    plan = recipe(tiny_model, H100, hidden_size=256, head_dim=64)
+    for bucket in (DRAW, Bucket(64, 4, Level.SAMPLE, 1024)):
+        notes = json.loads(Tracer(plan)(bucket).partition(b"\n")[0])
+        assert {"paged_attention: mosaic_gpu", "rope_kv_write: mosaic_gpu"} <= set(notes)
+
+
+def test_an_older_gpu_gets_plain_programs(tiny_model: Path):
+    plan = replace(recipe(tiny_model, H100), device=("NVIDIA A100-SXM4-80GB", 108, "gpu"))
+    notes = json.loads(Tracer(plan)(GREEDY).partition(b"\n")[0])
+    assert any(note.startswith("paged_attention: xla (mosaic_gpu: needs compute capability 9.x") for note in notes)
+
+
+def test_the_store_gives_back_what_is_whole(tmp_path: Path):
+    store = ProgramStore(tmp_path / "new" / "steps")
+    assert store.get("a") is None
+    store.put("a", b"program" * 100)
+    assert store.get("a") == b"program" * 100
+    (path,) = (tmp_path / "new" / "steps").iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    assert store.get("a") is None
+    path.write_bytes(zlib.compress(b"other"))
+    assert store.get("a") == b"other"
+
+
+@pytest.mark.parametrize("age", [29, 31])
+def test_the_store_forgets_what_nobody_wants(tmp_path: Path, age: int):
+    ProgramStore(tmp_path).put("a", b"program")
+    (path,) = tmp_path.iterdir()
+    old = path.stat().st_mtime - age * 86_400
+
+    os.utime(path, (old, old))
+    assert (ProgramStore(tmp_path).get("a") is None) == (age > 30)
