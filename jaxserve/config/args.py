@@ -188,8 +188,8 @@ class EngineArgs:
     warmup: str | None = field(
         default=None,
         metadata=about(
-            "compile programs ahead: full (all before the first request), lazy (a few that serve everything, others "
-            "beside the steps that want them) or none; lazy, on CPU none",
+            "compile programs ahead: full (all before the first request), lazy (before it a few that serve everything, "
+            "the others beside it) or none; lazy, on CPU none",
             "engine",
             "str",
             choices=("none", "lazy", "full"),

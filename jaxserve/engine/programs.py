@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass
 from enum import IntEnum
@@ -61,7 +61,7 @@ class Buckets:
         self._max_seqs = max_num_seqs
         powers = _powers(1, max_num_seqs)
         self._accelerator = accelerator
-        small = powers[1:6:2] if accelerator else []  # 2, 8 and 32 run as 4, 16 and 64
+        small = powers[1:4:2] if accelerator else []  # 2 and 8 run as 4 and 16
         self._decode = [size for size in powers if size not in small or size == max_num_seqs]
         most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
         self._tokens = _powers(min(MIN_MIXED_TOKENS, most), most)
@@ -85,12 +85,13 @@ class Buckets:
         return Bucket(max(tokens, 2), min(self._max_seqs, max(tokens // 2, 1)), level, edits)
 
     def all(self) -> list[Bucket]:
-        """Every common bucket, small ones first."""
+        """Every common bucket: what greedy requests need before the rest, and small ones first."""
         rare = _sparse(self._decode) if self._accelerator else self._decode
         decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]
         decodes += [(s, Level.SAMPLE) for s in rare]
         found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
-        return sorted(found | {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens})
+        found |= {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
+        return sorted(found, key=lambda bucket: (bucket.level if bucket.decode_only else Level.GREEDY, bucket))
 
     def essential(self) -> list[Bucket]:
         """The few that cover all common ones: the largest of mixed steps first, which prompts need, then of decodes."""
@@ -175,6 +176,7 @@ class Programs:
         self._when_warm = when_warm
         self._programs: dict[Bucket, Future] = {}
         self._warming: set[Future] = set()  # programs of the warm-up that are not done
+        self._then: list[Bucket] = []  # warmed up after these
         self._wanted: set[Bucket] = set()  # buckets that moved up
         self._lock = threading.RLock()  # re-entrant: cancelling a future runs its callbacks
         self._queue: queue.PriorityQueue[tuple[Rank, int, Bucket | None]] = queue.PriorityQueue()
@@ -274,22 +276,34 @@ class Programs:
                 return bucket
             wait(coming, return_when=FIRST_COMPLETED)
 
-    def warm_up(self, buckets: Iterable[Bucket]) -> None:
-        """Start compiling these, in this order; once all are there, a step that waits for another one is a defect."""
+    def warm_up(self, buckets: Sequence[Bucket], then: Sequence[Bucket] = ()) -> None:
+        """Start compiling these, in this order, and when they are there what comes `then`.
+
+        Once all are there, a step that waits for another one is a defect.
+        """
         with self._lock:
             futures = [self.submit(bucket) for bucket in buckets]
             self._warming.update(futures)
+            self._then += then
         for future in futures:
             future.add_done_callback(self._warmed)
 
     def _warmed(self, future: Future) -> None:
         with self._lock:
             self._warming.discard(future)
-            self.counts.warm = not self._warming
-            if self.counts.warm:
-                logger.info("all %d programs are ready", sum(map(_is_ready, self._programs.values())))
-        if self.counts.warm and self._when_warm is not None:
+            if self._warming or future.cancelled():
+                return
+            if self._then:
+                self.warm_up(self._take_rest())
+                return
+            self.counts.warm = True
+            logger.info("all %d programs are ready", sum(map(_is_ready, self._programs.values())))
+        if self._when_warm is not None:
             self._when_warm()
+
+    def _take_rest(self) -> list[Bucket]:
+        rest, self._then = self._then, []
+        return rest
 
     def wait(self, buckets: Iterable[Bucket], *, show_progress: bool) -> int:
         """Wait for these programs; returns the most working memory that one of them needs, in bytes.
@@ -306,7 +320,8 @@ class Programs:
     def drop(self) -> None:
         """Compile nothing more; what is being compiled ends beside whatever comes next."""
         with self._lock:
-            for future in self._programs.values():
+            self._then.clear()
+            for future in list(self._programs.values()):
                 future.cancel()
         for _ in self._threads:
             self._queue.put((Rank.STOP, 0, None))

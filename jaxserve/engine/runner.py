@@ -104,7 +104,7 @@ class Runner:
         )
         if warmup != "none":
             first = self.buckets.essential()
-            self.programs.warm_up([*first, *(bucket for bucket in self.buckets.all() if bucket not in first)])
+            self.programs.warm_up(first, then=[bucket for bucket in self.buckets.all() if bucket not in first])
 
     def _compiler(self) -> tuple[Tracers, StepCompiler]:
         """What traces and what compiles steps, for the sizes as they are planned now."""
@@ -129,7 +129,8 @@ class Runner:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.
 
         The cache was planned before any program existed. If one needs more working memory than that, all is planned
-        again with its figure. A lazy warm-up waits for and checks the few programs that can serve everything.
+        again with its figure. A lazy warm-up waits for and checks the few programs that can serve everything; with them
+        the compiler is busy alone, and others follow beside the first requests.
 
         The state comes last: tuning matrix products inside the compiler takes device memory, too, and the state leaves
         no more than one step needs.

@@ -64,8 +64,8 @@ def build_parts(args: EngineArgs) -> Parts:
         )
         if args.decode_steps is None and model.total_bytes > SLOW_BYTES:
             config = replace(config, decode_steps=1)
-        # XLA uses more than one core for a program.
-        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) // 2))
+        # XLA uses several cores for a program, and the engine is at work beside.
+        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) // 4))
         try:
             start = time.perf_counter()
             leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)

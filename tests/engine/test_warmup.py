@@ -137,3 +137,36 @@ def test_closing_drops_what_is_queued(compiler):
     compiler.allow(MIXED)
     programs.close()
     assert compiler.compiled in ([LARGE], [LARGE, MIXED])
+
+
+def test_the_rest_of_the_warmup_waits_for_the_first_programs(compiler):
+    rested: list[int] = []
+    programs = Programs(compiler, threads=2, background=True, when_warm=lambda: rested.append(programs.counts.total))
+    programs.warm_up([LARGE], then=[MIXED, SMALL])
+    soon(lambda: LARGE in compiler.gates)
+    time.sleep(0.02)
+    assert list(compiler.gates) == [LARGE]
+    compiler.allow(LARGE)
+    soon(lambda: {MIXED, SMALL} <= compiler.gates.keys())
+    assert not programs.counts.warm
+    compiler.allow(MIXED)
+    compiler.allow(SMALL)
+    soon(lambda: rested)
+    assert rested == [3]
+    assert programs.counts.warm
+    programs.close()
+
+
+def test_what_a_step_wants_is_compiled_before_the_rest(compiler):
+    programs = Programs(compiler, threads=1, background=True)
+    programs.warm_up([LARGE], then=[MIXED, Bucket(8, 8), SMALL])
+    compiler.allow(LARGE)
+    soon(lambda: MIXED in compiler.gates)
+    assert programs.choose(SMALL) == LARGE
+    assert programs.choose(SMALL) == LARGE  # moves up once
+    for bucket in (MIXED, SMALL, Bucket(8, 8)):
+        compiler.allow(bucket)
+    soon(lambda: programs.counts.warm)
+    assert compiler.compiled == [LARGE, MIXED, SMALL, Bucket(8, 8)]
+    assert programs.counts.total == 4
+    programs.close()
