@@ -3,9 +3,8 @@
 Each sequence's rows are packed by (token, query head of the group) into tiles of 64 or 128 rows, so that a tile reads
 every page of its key head once, whatever the number of its tokens. The (tile, key head, page) triples are laid end to
 end and cut into one equal run per CTA ("stream-K", Osama et al. 2023, https://arxiv.org/abs/2301.03598). A run is
-walked by one TMA warpgroup, which keeps a ring of pages filled, and two compute warpgroups of 64 rows each. These share
-a tile of several tokens; tiles of one token they take in turns, so that one begins while the other one ends. A run
-crosses (tile, head) borders. What a CTA finds begun by an earlier one it leaves as a partial result (float32
+walked by one TMA warpgroup, which keeps a ring of pages filled, and one or two compute warpgroups of 64 rows each. A
+run crosses (tile, head) borders. What a CTA finds begun by an earlier one it leaves as a partial result (float32
 accumulator, row maximum and sum); the CTA that began it waits for these, merges them and writes the output. All CTAs
 are resident at once, and a partial result is always the first thing that a CTA makes, so nobody waits in a circle.
 
@@ -34,7 +33,6 @@ class StreamConfig:
     Attributes:
         ctas: persistent CTAs; at most the number of SMs.
         warpgroups: compute warpgroups (1 or 2) of 64 rows each.
-        split: whether these share each tile; otherwise a tile holds one token, and they take turns.
         stages: pages (key and value) in flight per CTA.
         queries: tiles of queries in flight per CTA.
         whole: no group is shared between CTAs; slower, but the interpreter (which knows no semaphores) can run it.
@@ -42,7 +40,6 @@ class StreamConfig:
 
     ctas: int
     warpgroups: int
-    split: bool
     stages: int
     queries: int
     whole: bool = False
@@ -50,16 +47,16 @@ class StreamConfig:
     @classmethod
     def fit(cls, ctas: int, group: int, width: int, *, mixed: bool) -> "StreamConfig":
         """The sizes for 16-bit heads in groups; `mixed` prepares for several tokens per sequence."""
-        split = mixed and width <= 128
-        warpgroups, queries = (2 if width <= 128 else 1), (2 if width <= 128 and not split else 1)
+        warpgroups = 2 if mixed and width <= 128 else 1
+        queries = 2 if warpgroups == 1 and width <= 128 else 1
         rows = warpgroups * WG_ROWS
-        room = rows + group if split else WG_ROWS  # of the arriving queries
+        room = rows if warpgroups == 1 else rows + group  # of the arriving queries
         spare = SMEM_BYTES - (queries * room + 2 * rows) * width * 2
-        return cls(ctas, warpgroups, split, min(spare // (2 * PAGE * width * 2), MAX_STAGES), queries)
+        return cls(ctas, warpgroups, min(spare // (2 * PAGE * width * 2), MAX_STAGES), queries)
 
     def tile_tokens(self, group: int) -> int:
-        """Tokens of one sequence that share a tile; a warpgroup holds all heads of some."""
-        return self.warpgroups * (WG_ROWS // group) if self.split else 1
+        """Tokens of one sequence that share a tile: a lone warpgroup serves one, two hold all heads of some each."""
+        return 1 if self.warpgroups == 1 else 2 * (WG_ROWS // group)
 
 
 @jax.tree_util.register_dataclass
@@ -143,17 +140,17 @@ def stream_attention(
     num_tokens, heads, width = q.shape
     key_heads = kv.shape[3]
     sizes = Sizes(
-        config.ctas, config.warpgroups, config.split, config.stages, config.queries, config.whole,
+        config.ctas, config.warpgroups, config.stages, config.queries, config.whole,
         config.tile_tokens(heads // key_heads), num_tokens, heads, key_heads, width, q.dtype, scale, window, soft_cap,
         interpret is not None,
     )  # fmt: skip
-    rows, group = sizes.parts * WG_ROWS, sizes.group
+    rows, group = config.warpgroups * WG_ROWS, sizes.group
     partial = (
         jax.ShapeDtypeStruct((sizes.slots, rows, width), jnp.float32),
         jax.ShapeDtypeStruct((sizes.slots, 2, rows), jnp.float32),
     )
     result = jax.ShapeDtypeStruct((num_tokens * heads, width), q.dtype)
-    packed = q.reshape((num_tokens * heads, width) if not sizes.split else (num_tokens, key_heads, group, width))
+    packed = q.reshape((num_tokens * heads, width) if sizes.alone else (num_tokens, key_heads, group, width))
     if sizes.interpreted:  # the interpreter clamps boxes past the end, TMA fills them with zeros
         packed = jnp.pad(packed, ((0, sizes.tile_tokens * group), *[(0, 0)] * (packed.ndim - 1)))
 
@@ -186,7 +183,7 @@ def _scratch(sizes: Sizes) -> list[Any]:
         return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
     weights = plgpu.SMEM((warpgroups, WG_ROWS, PAGE), sizes.dtype, transforms=swizzled(2 * PAGE))
-    arriving = (WG_ROWS, width) if not sizes.split else (sizes.room, sizes.group, width)
+    arriving = (WG_ROWS, width) if sizes.alone else (sizes.room, sizes.group, width)
     return [
         plgpu.SMEM((sizes.queries, *arriving), sizes.dtype),
         plgpu.SMEM((warpgroups, WG_ROWS, width), sizes.dtype, transforms=tiles),
@@ -195,8 +192,8 @@ def _scratch(sizes: Sizes) -> list[Any]:
         plgpu.SMEM((warpgroups, WG_ROWS, width), sizes.dtype),
         weights if sizes.interpreted else None,
         barriers(sizes.queries),
-        barriers(sizes.queries, sizes.parts),
+        barriers(sizes.queries, warpgroups),
         barriers(stages),
         barriers(stages),
-        barriers(stages, sizes.parts),
+        barriers(stages, warpgroups),
     ]

@@ -26,7 +26,7 @@ class Sizes:
     """Everything about a call that is known when it is traced.
 
     Attributes:
-        ctas, warpgroups, split, stages, queries, whole: as in `StreamConfig`.
+        ctas, warpgroups, stages, queries, whole: as in `StreamConfig`.
         tile_tokens: tokens of one sequence that share a tile.
         num_tokens, heads, key_heads, width: of the queries and the cache.
         dtype: of the queries and the cache.
@@ -36,7 +36,6 @@ class Sizes:
 
     ctas: int
     warpgroups: int
-    split: bool
     stages: int
     queries: int
     whole: bool
@@ -57,24 +56,24 @@ class Sizes:
         return self.heads // self.key_heads
 
     @property
-    def parts(self) -> int:
-        """Warpgroups that share a tile."""
-        return self.warpgroups if self.split else 1
-
-    @property
     def per(self) -> int:
         """Tokens of a warpgroup."""
-        return self.tile_tokens // self.parts
+        return self.tile_tokens // self.warpgroups
+
+    @property
+    def alone(self) -> bool:
+        """One compute warpgroup, which serves one token."""
+        return self.warpgroups == 1
 
     @property
     def by_rows(self) -> bool:
         """Few rows of a tile count, and they fill whole vectors: merge those only."""
-        return not self.split and self.group * self.width % 128 == 0
+        return self.alone and self.group * self.width % 128 == 0
 
     @property
     def room(self) -> int:
         """Tokens that the buffer of arriving queries holds: a warpgroup reads 64 rows, used or not."""
-        return -(-((self.parts - 1) * self.per * self.group + WG_ROWS) // self.group)
+        return -(-((self.warpgroups - 1) * self.per * self.group + WG_ROWS) // self.group)
 
     @property
     def slots(self) -> int:
@@ -110,7 +109,7 @@ class Refs(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One CTA's run, as one of its warpgroups sees it; `share` is its part of every tile, `mine` are its rows."""
+    """One CTA's run, as one of its warpgroups sees it; `mine` are a compute warpgroup's rows of partial results."""
 
     sizes: Sizes
     refs: Refs
@@ -123,7 +122,6 @@ class Run:
     size: Any
     touched: Any
     last_pages: Any
-    share: Any = None
     mine: Any = None
 
     def cut(self, c: Any) -> Any:
@@ -171,7 +169,7 @@ class Run:
 def kernel(sizes: Sizes, *references: Any) -> None:
     """The body: one TMA warpgroup behind the compute warpgroups."""
     refs = Refs(*references)
-    semaphores = plgpu.SemaphoreType.REGULAR((sizes.ctas * sizes.parts,))
+    semaphores = plgpu.SemaphoreType.REGULAR((sizes.ctas * sizes.warpgroups,))
     sems = None if sizes.whole else pl.get_global(semaphores)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     run = Run(sizes, refs, sems, cta, wg, *(refs.runs[cta * (RUN_WORDS + TILE_WORDS) + j] for j in range(RUN_WORDS)))
@@ -182,10 +180,11 @@ def kernel(sizes: Sizes, *references: Any) -> None:
 def load(run: Run) -> None:
     """The TMA warpgroup: keep queries and pages coming."""
     sizes, refs = run.sizes, run.refs
-    if sizes.warpgroups > 1:
+    if not sizes.alone:
         plgpu.set_max_registers(40, action="decrease")
     segment = functools.partial(load_segment, run, refs.layer[0])
-    done, *_ = lax.fori_loop(0, run.touched, segment, (jnp.int32(0), run.begin(), run.first_place))
+    start = jnp.int32(0), run.begin(), run.first_place
+    done = lax.fori_loop(0, run.touched, segment, start)[0]
 
     # Drain, so that every barrier ends in a completed phase (the interpreter checks it).
     @pl.loop(jnp.maximum(done - sizes.stages, 0), done)
@@ -211,7 +210,7 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
     def _():
         plgpu.barrier_wait(refs.q_free.at[slot])
 
-    if not sizes.split:
+    if sizes.alone:
         source, box = refs.q.at[pl.ds((row * sizes.key_heads + head) * group, group)], pl.ds(0, group)
     else:
         source, box = refs.q.at[pl.ds(row, tile_tokens), head], pl.ds(0, tile_tokens)
@@ -236,35 +235,21 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
 
 def compute(run: Run) -> None:
     """A compute warpgroup: clear a share of the padding, then attend group by group."""
-    sizes = run.sizes
-    if sizes.warpgroups > 1:
+    if not run.sizes.alone:
         plgpu.set_max_registers(232, action="increase")
-    share = run.wg if sizes.split else jnp.int32(0)
-    run = replace(run, share=share, mine=pl.ds(share * WG_ROWS, WG_ROWS))
+    run = replace(run, mine=pl.ds(run.wg * WG_ROWS, WG_ROWS))
     pl.when(run.wg == 0)(functools.partial(clear_padding, run))
     lax.fori_loop(0, run.touched, functools.partial(compute_segment, run), jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
 def compute_segment(run: Run, i: Any, done: Any) -> Any:
-    """My rows of the run's i-th group, or nothing if it is the other warpgroup's turn."""
-    sizes = run.sizes
-    words = run.describe(i)
-    start, count = run.part(i, words[-1])
-    work = functools.partial(my_segment, run, i, done, start, count, words)
-    if sizes.split:
-        work()
-    else:
-        pl.when(lax.rem(i, sizes.warpgroups) == run.wg)(work)
-    return done + count
-
-
-def my_segment(run: Run, i: Any, done: Any, start: Any, count: Any, words: tuple[Any, ...]) -> None:
-    """My rows of a group: `count` pages from the `start`-th on, after `done` others in the ring."""
-    sizes, refs, wg, skipped = run.sizes, run.refs, run.wg, run.share * run.sizes.per
-    head, row, tokens, _, position, low, pages = words
+    """My rows of the run's i-th group."""
+    sizes, refs, wg, per = run.sizes, run.refs, run.wg, run.sizes.per
+    head, row, tokens, _, position, low, pages = run.describe(i)
+    start, count = run.part(i, pages)
     slot = lax.rem(i, sizes.queries)
-    tokens = jnp.minimum(tokens - skipped, sizes.per)  # mine
+    tokens = jnp.minimum(tokens - wg * per, per)  # mine
     plgpu.barrier_wait(refs.q_full.at[slot])
 
     @pl.when(tokens > 0)
@@ -272,9 +257,9 @@ def my_segment(run: Run, i: Any, done: Any, start: Any, count: Any, words: tuple
         refs.q_s[wg] = my_queries(run, refs.q_in.at[slot])
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_free.at[slot])
-        state = attend(run, done, count, position + skipped, (low + start) * PAGE)
+        state = attend(run, done, count, position + wg * per, (low + start) * PAGE)
         missing = pages - start - count
-        place = ((row + skipped) * sizes.key_heads + head) * sizes.group, tokens
+        place = ((row + wg * per) * sizes.key_heads + head) * sizes.group, tokens
         finish(run, state, start, missing, place)
 
     @pl.when(tokens <= 0)
@@ -288,16 +273,18 @@ def my_segment(run: Run, i: Any, done: Any, start: Any, count: Any, words: tuple
             plgpu.barrier_wait(refs.v_full.at[stage])
             plgpu.barrier_arrive(refs.free.at[stage])
 
+    return done + count
+
 
 def my_queries(run: Run, tile: Any) -> Any:
     """My 64 rows of the arrived queries, in registers; rows past my tokens are never stored."""
     sizes, group, width = run.sizes, run.sizes.group, run.sizes.width
-    if not sizes.split:
+    if sizes.alone:
         return whole_load(tile, layout=plgpu.Layout.WGMMA)
     if sizes.interpreted:  # it knows no reshaped references
-        values = tile[pl.ds(run.share * sizes.per, sizes.per)].reshape(sizes.per * group, width)
+        values = tile[pl.ds(run.wg * sizes.per, sizes.per)].reshape(sizes.per * group, width)
         return jnp.pad(values, ((0, WG_ROWS - sizes.per * group), (0, 0)))
-    rows = tile.reshape(sizes.room * group, width).at[pl.ds(run.share * (sizes.per * group), WG_ROWS)]
+    rows = tile.reshape(sizes.room * group, width).at[pl.ds(run.wg * (sizes.per * group), WG_ROWS)]
     return whole_load(rows, layout=plgpu.Layout.WGMMA)
 
 
@@ -388,12 +375,12 @@ def store_partial(run: Run, slot: Any, owner: Any, acc: Any, top: Any, total: An
     run.refs.stat[slot, 0, run.mine] = top
     run.refs.stat[slot, 1, run.mine] = total
     if not run.sizes.whole:
-        plgpu.semaphore_signal(run.sems.at[owner * run.sizes.parts + run.share], memory_scope="gpu")
+        plgpu.semaphore_signal(run.sems.at[owner * run.sizes.warpgroups + run.wg], memory_scope="gpu")
 
 
 def wait_partials(run: Run, count: Any) -> None:
     """Wait for as many partial results of my group."""
-    own = run.sems.at[run.cta * run.sizes.parts + run.share]
+    own = run.sems.at[run.cta * run.sizes.warpgroups + run.wg]
     plgpu.semaphore_wait(own, count, decrement=False, memory_scope="gpu")
 
 
