@@ -21,9 +21,12 @@ from jaxserve.cli.flags import Parser, UsageError, dashes
 
 # Words of the command -> module of this package, and its line in the overview.
 COMMANDS = {
+    "serve": ("serve", "answer HTTP requests as OpenAI's API does"),
+    "run-batch": ("run_batch", "answer the requests of a file in OpenAI's batch format"),
     "generate": ("generate", "continue prompts given as arguments, on standard input or in a JSONL file"),
     "chat": ("chat", "talk to a model in the terminal"),
     "bench offline": ("bench", "measure throughput and latency on random prompts"),
+    "bench serve": ("bench_serve", "measure a running server under load"),
     "convert": ("convert", "write a model as an engine-ready checkpoint that loads faster"),
 }
 OVERVIEW = """usage: jaxserve COMMAND [OPTIONS]

@@ -147,7 +147,7 @@ def add_engine_flags(
             metavar=METAVARS.get(about["kind"]),
             on=item.default is True,
         )
-    for name in sorted(FOREIGN_NAMES) if only is None else ():
+    for name in sorted(FOREIGN_NAMES.difference(skip)) if only is None else ():
         flag, dest = name.replace("_", "-"), ENGINE + name
         options: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(f"--{flag}", nargs="?", const=True, type=_literal, **options)

@@ -1,16 +1,17 @@
 """The engine behind asyncio: a thread runs the steps, generators receive their request's outputs."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
-from jaxserve.config import EngineArgs
+from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.metrics import Metric
 from jaxserve.sampling_params import SamplingParams
@@ -41,6 +42,18 @@ class _Abort:
     request_id: str
 
 
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[[LLMEngine], Any]
+    future: concurrent.futures.Future
+
+    def run(self, engine: LLMEngine) -> None:
+        try:
+            self.future.set_result(self.function(engine))
+        except Exception as error:
+            self.future.set_exception(error)
+
+
 class AsyncLLMEngine:
     """Serve many callers of one event loop (or several) from one engine.
 
@@ -49,7 +62,7 @@ class AsyncLLMEngine:
 
     def __init__(self, engine: LLMEngine):
         self._engine = engine
-        self._commands: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Call | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._active: set[str] = set()
         self._lock = threading.Lock()
@@ -69,7 +82,25 @@ class AsyncLLMEngine:
         """The engine's tokenizer; None with `skip_tokenizer_init`."""
         return self._engine.tokenizer
 
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's settings."""
+        return self._engine.config
+
     @no_type_check  # for annotation checkers: whatever a caller passes gets a message of its own
+    async def make_request(
+        self, request_id: str, prompt: PromptType, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Request:
+        """Check and tokenise a prompt in another thread; it can then be given to `run`.
+
+        Raises:
+            TypeError, ValueError: a bad prompt or bad parameters.
+            EngineDeadError: the engine has failed; the cause is attached.
+        """
+        self._check_alive()
+        return await asyncio.to_thread(self._engine.make_request, request_id, prompt, sampling_params, **options)
+
+    @no_type_check
     async def generate(
         self,
         prompt: PromptType,
@@ -86,11 +117,22 @@ class AsyncLLMEngine:
             EngineDeadError: the engine has failed; the cause is attached.
         """
         key = f"async-{next(self._ids)}" if request_id is None else request_id
+        request = await self.make_request(
+            key, prompt, sampling_params, priority=priority, tokenization_kwargs=tokenization_kwargs
+        )
+        async with contextlib.aclosing(self.run(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the outputs of a request that `make_request` made; closing the generator aborts it.
+
+        Raises:
+            ValueError: the request's id is in use.
+            EngineDeadError: the engine has failed; the cause is attached.
+        """
+        key = request.request_id
         self._check_alive()
-        request = await asyncio.to_thread(
-            self._engine.make_request,
-            key, prompt, sampling_params, priority=priority, tokenization_kwargs=tokenization_kwargs,
-        )  # fmt: skip
         with self._lock:
             if key in self._active:
                 raise ValueError(f"request_id {key!r} is in use by an unfinished request; choose another.")
@@ -111,6 +153,39 @@ class AsyncLLMEngine:
                 self._commands.put(_Abort(key))
             with self._lock:
                 self._active.discard(key)
+
+    async def call[Result](self, function: Callable[[LLMEngine], Result]) -> Result:
+        """What `function` returns when the engine's thread calls it, between two steps.
+
+        Raises:
+            EngineDeadError: the engine has failed; the cause is attached.
+            Exception: what the function raises.
+        """
+        self._check_alive()
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._commands.put(_Call(function, future))
+        return await asyncio.wrap_future(future)
+
+    @property
+    def active_ids(self) -> list[str]:
+        """Ids of the requests that somebody waits for."""
+        with self._lock:
+            return list(self._active)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not begun, or were preempted, and requests that the engine has not taken up yet."""
+        return self._engine.scheduler.num_waiting + self._commands.qsize()
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the sequences that wait."""
+        return self._engine.scheduler.waiting_tokens
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its generator yields a last output with `finish_reason="abort"`."""
@@ -159,6 +234,8 @@ class AsyncLLMEngine:
                     return False
                 if isinstance(command, _Abort):
                     self._deliver(self._engine.abort_request(command.request_id))
+                elif isinstance(command, _Call):
+                    command.run(self._engine)
                 else:
                     self._add(command)
         return True
@@ -193,13 +270,15 @@ class AsyncLLMEngine:
 
     def _fail(self, error: BaseException) -> None:
         """Tell every caller, also those whose request is still in the queue."""
+        dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine has failed: {error!r}")
+        dead.__cause__ = None if dead is error else error
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._commands.get_nowait()
                 if isinstance(command, _Add):
                     self._streams[command.request.request_id] = command.stream
-        dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine has failed: {error!r}")
-        dead.__cause__ = None if dead is error else error
+                elif isinstance(command, _Call):
+                    command.future.set_exception(dead)
         self._send({stream: [dead] for stream in self._streams.values()})
         self._streams.clear()
 

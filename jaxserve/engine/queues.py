@@ -51,8 +51,8 @@ class WaitingQueue:
             self._num_left = 0
 
     def all(self) -> list[Sequence]:
-        """Every sequence, in no particular order."""
-        return [entry[-1] for entry in self._heap if not entry[-1].finished]
+        """Every sequence, in no particular order; other threads may ask."""
+        return [entry[-1] for entry in list(self._heap) if not entry[-1].finished]
 
 
 class StepRows:

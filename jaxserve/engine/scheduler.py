@@ -87,6 +87,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the waiting sequences; other threads may ask."""
+        return sum(seq.num_tokens for seq in self._waiting.all())
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._running) or len(self._waiting) > 0

@@ -1,0 +1,99 @@
+"""`jaxserve serve`: answer HTTP requests as OpenAI's API does."""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from jaxserve.cli import flags
+from jaxserve.config.options import parse_count
+
+DESCRIPTION = """Serve a model over HTTP: OpenAI's completions and chats, with vLLM's additional fields.
+
+Keys are also read from JAXSERVE_API_KEY and JAXSERVE_ADMIN_API_KEY (or VLLM_API_KEY)."""
+
+MIB = 1 << 20
+SERVER_NAMES = ("shutdown_timeout",)  # which vLLM counts among the engine's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="folder, GGUF file or hub id; as --model")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    server.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
+    server.add_argument("--root-path", default="", metavar="PATH", help="under which a proxy serves this")
+    server.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="S",
+                        help="seconds that running requests may take after SIGTERM (default: 0)")  # fmt: skip
+    server.add_argument("--response-role", default="assistant", metavar="ROLE", help="of chats (default: assistant)")
+    server.add_argument("--disable-fastapi-docs", action="store_true", help="no pages about the routes")
+    server.add_argument("--profile-dir", metavar="PATH", help="where /start_profile writes traces")
+    access = parser.add_argument_group("access")
+    access.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
+    access.add_argument("--api-key-file", action="append", default=[], metavar="PATH", help="with one key on each line")
+    access.add_argument("--admin-api-key", action="append", default=[], metavar="KEY",
+                        help="switches on /reset_prefix_cache, /start_profile and /stop_profile")  # fmt: skip
+    access.add_argument("--ssl-keyfile", metavar="PATH", help="private key for TLS")
+    access.add_argument("--ssl-certfile", metavar="PATH", help="certificate for TLS")
+    access.add_argument("--ssl-ca-certs", metavar="PATH", help="certificates of accepted authorities")
+    access.add_argument("--allowed-origins", type=_names, default=[], metavar="URL,...",
+                        help="web sites whose pages may call this; * is all (default: none)")  # fmt: skip
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-queue-requests", type=flags.reader(parse_count), metavar="N",
+                        help="more waiting requests are refused with 429")  # fmt: skip
+    limits.add_argument("--max-queue-tokens", type=flags.reader(parse_count), metavar="N",
+                        help="as many waiting tokens refuse further requests with 429")  # fmt: skip
+    limits.add_argument("--request-timeout", type=float, metavar="S", help="seconds until a request ends with 504")
+    limits.add_argument(
+        "--max-body-mb", type=float, default=32.0, metavar="X", help="larger bodies get 413 (default: 32)"
+    )
+    limits.add_argument("--strict-requests", action="store_true",
+                        help="refuse unknown fields; else the header X-Ignored-Fields names them")  # fmt: skip
+    logs = parser.add_argument_group("logs and metrics")
+    logs.add_argument("--disable-access-log", action="store_true", help="no line for each request")
+    logs.add_argument("--metrics-prefix", default="jaxserve", metavar="NAME",
+                      help="of names in /metrics; vllm fits its dashboards (default: jaxserve)")  # fmt: skip
+    flags.add_engine_flags(parser, skip=SERVER_NAMES)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.getLogger("jaxserve").setLevel(logging.INFO)
+    logging.getLogger("pallas_kernels").setLevel(logging.INFO)
+    if args.request_timeout is not None and args.request_timeout <= 0:
+        raise flags.UsageError(f"--request-timeout must be above 0 seconds, got {args.request_timeout:g}")
+    if not 0 <= args.port < 65536:
+        raise flags.UsageError(f"--port must be in [0, 65535], got {args.port}")
+    if args.model_tag is not None:
+        setattr(args, flags.ENGINE + "model", args.model_tag)
+    options, engine = _options(args), flags.engine_args(args)
+    from jaxserve.server.lifecycle import serve
+
+    return serve(engine, options)
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from jaxserve.server.app import AppOptions
+    from jaxserve.server.lifecycle import ServerOptions, read_keys
+    from jaxserve.server.middleware import Keys
+    from jaxserve.server.service import Limits
+
+    environment = [os.environ[name] for name in ("JAXSERVE_API_KEY", "VLLM_API_KEY") if os.environ.get(name)]
+    admin = [os.environ["JAXSERVE_ADMIN_API_KEY"]] if os.environ.get("JAXSERVE_ADMIN_API_KEY") else []
+    app = AppOptions(
+        keys=Keys(read_keys(args.api_key, args.api_key_file) + environment[:1]),
+        admin_keys=Keys(args.admin_api_key + admin),
+        max_body_bytes=int(args.max_body_mb * MIB),
+        strict=args.strict_requests,
+        access_log=not args.disable_access_log,
+        allowed_origins=args.allowed_origins,
+        docs=not args.disable_fastapi_docs,
+        profile_folder=args.profile_dir,
+    )
+    limits = Limits(args.max_queue_requests, args.max_queue_tokens, args.request_timeout)
+    names = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "root_path", "shutdown_timeout",
+             "metrics_prefix", "response_role")  # fmt: skip
+    return ServerOptions(app, limits, **{name: getattr(args, name) for name in names})

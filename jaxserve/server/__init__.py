@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API (and vLLM's additions) in front of one engine."""

@@ -1,0 +1,97 @@
+"""The engine's metrics for Prometheus, and the line that the log gets every few seconds."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jaxserve.engine import metrics
+from jaxserve.engine.async_engine import AsyncLLMEngine
+
+logger = logging.getLogger(__name__)
+
+STATS_SECONDS = 10.0
+
+
+class EngineCollector(Collector):
+    """Reads the engine's own metrics when Prometheus asks; there is no second copy of them.
+
+    Names are `PREFIX:name`, with the labels `model_name` and `engine` that vLLM's dashboards select by.
+    """
+
+    def __init__(self, engine: AsyncLLMEngine, prefix: str):
+        self._engine, self._prefix = engine, prefix
+        self._labels = {"model_name": engine.config.served_model_names[0], "engine": "0"}
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing ahead of time."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each name."""
+        if not self._engine.config.log_stats:
+            return
+        families: dict[str, Metric] = {}
+        for metric in self._engine.get_metrics():
+            name = f"{self._prefix}:{metric.name.removeprefix(metrics.PREFIX)}"
+            labels = self._labels | metric.labels
+            family = families.get(name) or self._family(name, metric, list(labels))
+            families[name] = family
+            values = list(labels.values())
+            if isinstance(family, HistogramMetricFamily) and isinstance(metric, metrics.Histogram):
+                family.add_metric(values, list(metric.buckets.items()), metric.sum)
+            elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
+                family.add_metric(values, getattr(metric, "value", 0))
+        yield from families.values()
+
+    def _family(self, name: str, metric: metrics.Metric, labels: list[str]) -> Metric:
+        text = metric.name.removeprefix(metrics.PREFIX).replace("_", " ")
+        if isinstance(metric, metrics.Counter):
+            return CounterMetricFamily(name, text, labels=labels)
+        if isinstance(metric, metrics.Histogram):
+            return HistogramMetricFamily(name, text, labels=labels)
+        return GaugeMetricFamily(name, text, labels=labels)
+
+
+def make_registry(engine: AsyncLLMEngine, prefix: str) -> CollectorRegistry:
+    """A registry of this server alone."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine, prefix))
+    return registry
+
+
+def read(engine: AsyncLLMEngine) -> dict[str, float]:
+    """The counters and gauges without labels, by their names."""
+    found = {}
+    for metric in engine.get_metrics():
+        if isinstance(metric, metrics.Counter | metrics.Gauge) and not metric.labels:
+            found[metric.name.removeprefix(metrics.PREFIX)] = float(metric.value)
+    return found
+
+
+def stats_line(before: dict[str, float], now: dict[str, float], seconds: float) -> str:
+    """Throughput between two readings, and how things stand."""
+    rate = {name: (now[name] - before[name]) / seconds for name in ("prompt_tokens", "generation_tokens")}
+    asked = now["prefix_cache_queries"] - before["prefix_cache_queries"]
+    hit = now["prefix_cache_hits"] - before["prefix_cache_hits"]
+    return (
+        f"prompt {rate['prompt_tokens']:.1f} tokens/s, generation {rate['generation_tokens']:.1f} tokens/s, "
+        f"running {now['num_requests_running']:.0f}, waiting {now['num_requests_waiting']:.0f}, "
+        f"cache {now['kv_cache_usage_perc']:.1%}, prefix hits {hit / asked if asked else 0:.1%}"
+    )
+
+
+async def log_stats(engine: AsyncLLMEngine, seconds: float = STATS_SECONDS) -> None:
+    """Log a line now and then, as long as something happens; runs until it is cancelled."""
+    before, quiet = read(engine), False
+    while True:
+        await asyncio.sleep(seconds)
+        now = read(engine)
+        busy = any(now[name] != before[name] for name in ("prompt_tokens", "generation_tokens"))
+        busy = busy or now["num_requests_running"] + now["num_requests_waiting"] > 0
+        if busy or not quiet:
+            logger.info("%s", stats_line(before, now, seconds))
+        before, quiet = now, not busy
