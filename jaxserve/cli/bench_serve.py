@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files. 1 if no request succeeded, 130 after an interruption."""
     check(args)
     asked = serving.Target(base_url(args.base_url), args.endpoint, args.model or "", args.api_key, args.timeout)
-    lengths, times = plan(args)
+    spread = distribution(args)
+    lengths = spread.draw(generator(args, 2), args.num_prompts)
+    times = arrival_times(generator(args, 3), args.num_prompts, args.request_rate, args.burstiness)
     server = serving.ask_server(asked)
     target = replace(asked, model=args.model or server.model or "")
     if not target.model:
@@ -104,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
     warm = list(itertools.islice(itertools.cycle(lengths), args.warmups))
     warm_up(target, requests(args, target.model, warm, stream=1), args.max_concurrency)
     record, interrupted = measure(args, target, requests(args, target.model, lengths, stream=0), times)
-    found = about(args, target, server) | serving.report(record, args.num_prompts, args.percentiles)
-    print_report(found, sys.stderr if args.output == "-" else sys.stdout)
+    found = about(args, spread, target, server) | serving.report(record, args.num_prompts, args.percentiles)
+    print(table(found), file=sys.stderr if args.output == "-" else sys.stdout, flush=True)
     if args.output is not None:
         answers = {"answers": [serving.details(answer) for answer in record.answers]} if args.details else {}
         write_json(args.output, found | answers)
@@ -140,13 +142,12 @@ def base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def plan(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[float]]:
-    """Lengths of prompt and output in tokens, and times in seconds, of all requests. Arrivals do not change lengths."""
+def distribution(args: argparse.Namespace) -> Lengths:
+    """How long requests are; a ratio alone asks for uniform lengths."""
     uniform = "uniform" if args.random_range_ratio is not None else DISTRIBUTIONS[0]
     ratio = 0.5 if args.random_range_ratio is None else args.random_range_ratio
     spread = (args.lengths or uniform, args.length_sigma, ratio, args.max_total_len)
-    lengths = Lengths(args.input_len, args.output_len, *spread).draw(generator(args, 2), args.num_prompts)
-    return lengths, arrival_times(generator(args, 3), args.num_prompts, args.request_rate, args.burstiness)
+    return Lengths(args.input_len, args.output_len, *spread)
 
 
 def generator(args: argparse.Namespace, stream: int) -> np.random.Generator:
@@ -200,7 +201,7 @@ def measure(
     return record, False
 
 
-def about(args: argparse.Namespace, target: serving.Target, server: serving.Server) -> dict[str, Any]:
+def about(args: argparse.Namespace, spread: Lengths, target: serving.Target, server: serving.Server) -> dict[str, Any]:
     """What was measured, and how: everything but the key."""
     hidden = ("api_key", "run", "verbose", "debug", "output", "details", "plot")
     shown = {name: value for name, value in vars(args).items() if name not in hidden}
@@ -210,7 +211,7 @@ def about(args: argparse.Namespace, target: serving.Target, server: serving.Serv
         "version": importlib.metadata.version("jaxserve"),
         "server": {"url": target.base_url, "owner": server.owner, "max_model_len": server.max_model_len},
         "model": target.model,
-        "arguments": shown | {"request_rate": rate},
+        "arguments": shown | {"request_rate": rate, "lengths": spread.distribution, "max_total_len": spread.most},
     }
 
 
@@ -239,23 +240,22 @@ ROWS = {
 }
 
 
-def print_report(found: dict[str, Any], file: TextIO) -> None:
-    """The figures as a table, the commonest errors below it."""
-    print(headline(found), file=file)
+def table(found: dict[str, Any]) -> str:
+    """The figures as text, the commonest errors below them."""
+    lines = [headline(found)]
     for name, title in ROWS.items():
         if found[name] is not None:
             number = f"{found[name]:.2f}" if isinstance(found[name], float) else str(found[name])
-            print(f"{title:<24}{number:>12}", file=file)
-    columns = list(found["latency_ms"])
-    print(f"\n{'ms':<24}" + "".join(f"{column:>10}" for column in columns), file=file)
+            lines.append(f"{title:<24}{number:>12}")
+    lines += ["", f"{'ms':<24}" + "".join(f"{column:>10}" for column in found["latency_ms"])]
     for name, (title, _) in serving.METRICS.items():
         cells = ["-" if value is None else f"{value:.1f}" for value in found[name].values()]
-        print(f"{title:<24}" + "".join(f"{cell:>10}" for cell in cells), file=file)
+        lines.append(f"{title:<24}" + "".join(f"{cell:>10}" for cell in cells))
     if found["without_usage"]:
-        print(f"\n{found['without_usage']} answers had no usage: one token for each event was counted", file=file)
-    for error in found["errors"]:
-        print(f"failed {error['count']} times: {error['message']}", file=file)
-    file.flush()
+        lines += ["", f"{found['without_usage']} answers without usage: each of their events was counted as a token"]
+    if found["errors"]:
+        lines += ["", *(f"failed {error['count']}x: {error['message']}" for error in found["errors"])]
+    return "\n".join(lines)
 
 
 def _percentiles(text: str) -> list[float]:
