@@ -1,9 +1,11 @@
-"""The load on a server: how long requests are, when they are sent, and what they say."""
+"""Requests to a server and its answers: what is sent and when, and how a streamed answer is read and timed."""
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -108,11 +110,10 @@ def arrival_times(rng: np.random.Generator, count: int, rate: float, burstiness:
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent: the JSON text of the body, and what it asks for in tokens (for chat the prompt in words)."""
+    """What is sent: the JSON text of the body, and the length of its prompt in tokens, for chat in words."""
 
     body: bytes
     prompt_len: int
-    output_len: int
 
 
 def make_requests(
@@ -138,5 +139,126 @@ def make_requests(
         else:
             prompt = {"prompt": rng.integers(low, vocab_size, prompt_len).tolist()}
         body = {"max_tokens": output_len, "stream": True, "stream_options": {"include_usage": True}} | prompt | fields
-        made.append(Request(json.dumps(body).encode(), prompt_len, output_len))
+        made.append(Request(json.dumps(body).encode(), prompt_len))
     return made
+
+
+class EventParser:
+    """Server-sent events out of pieces of bytes, however the network cut or joined them.
+
+    Lines end with LF, CR LF or CR, and an empty line ends an event. Fields other than `data` are of no use here.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+    """
+
+    # A CR at the very end stays in the buffer: its LF may be in the next piece.
+    _LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, piece: bytes) -> list[str]:
+        """The data of the events that this piece completes."""
+        *lines, self._rest = self._LINE_END.split(self._rest + piece)
+        return [data for line in lines if (data := self._line(line)) is not None]
+
+    def end(self) -> list[str]:
+        """The data of a last event that no empty line follows."""
+        return self.feed(b"\n\n")
+
+    def _line(self, line: bytes) -> str | None:
+        if line:
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value.removeprefix(b" "))
+            return None
+        lines, self._data = self._data, []
+        return b"\n".join(lines).decode("utf-8", "replace") if lines else None
+
+
+@dataclass
+class Answer:
+    """One request and what came back. Times are in seconds since it was sent, `sent` itself since the run began.
+
+    Attributes:
+        input_tokens, output_tokens: as the server counts them, else as sent and one for each event.
+        token_times: when events with tokens came; an event may carry several tokens.
+        latency: when the last event before the usage came.
+        late: how long after its time it was sent, because of a limit on requests in flight or a busy client.
+        counted: the server told its counts.
+        complete: the server said that it had finished.
+        error: why the request failed, None if it did not.
+    """
+
+    input_tokens: int
+    output_tokens: int = 0
+    token_times: list[float] = field(default_factory=list)
+    latency: float = 0.0
+    sent: float = 0.0
+    late: float = 0.0
+    counted: bool = False
+    complete: bool = False
+    error: str | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean time of the tokens after those of the first event; None if there are none."""
+        if len(self.token_times) < 2 or self.output_tokens < 2:
+            return None
+        return (self.token_times[-1] - self.token_times[0]) / (self.output_tokens - 1)
+
+    def gaps(self) -> list[float]:
+        """Times between events with tokens."""
+        return [late - early for early, late in itertools.pairwise(self.token_times)]
+
+    def read(self, data: str, now: float) -> None:
+        """Take in one event.
+
+        Raises:
+            ServerError: it reports an error, or is nothing that the API knows.
+        """
+        if data == "[DONE]":
+            self.complete = True
+            return
+        try:
+            event = json.loads(data)
+        except json.JSONDecodeError as error:
+            raise ServerError(f"an event is not JSON: {data[:200]}") from error
+        if not isinstance(event, dict) or event.get("error") or event.get("object") == "error":
+            raise ServerError(f"error event: {message_of(event)}")
+        for choice in (event.get("choices") or [])[:1]:
+            self.latency = now
+            self.complete |= choice.get("finish_reason") is not None
+            if carries_tokens(choice):
+                self.token_times.append(now)
+        usage = event.get("usage") or {}
+        if {"prompt_tokens", "completion_tokens"} <= usage.keys():
+            self.input_tokens, self.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            self.counted = True
+        elif not self.counted:
+            self.output_tokens = len(self.token_times)
+
+
+def carries_tokens(choice: dict[str, Any]) -> bool:
+    """Whether an event's choice holds tokens. An empty text can: half of a character, or a special token."""
+    delta = choice.get("delta") or {}
+    names = ("content", "reasoning_content", "reasoning", "tool_calls")
+    if choice.get("text") or any(delta.get(name) for name in names):
+        return True
+    return choice.get("finish_reason") is None and "role" not in delta  # neither the announcement nor the end
+
+
+def message_of(body: Any) -> str:
+    """The message in a server's JSON about an error."""
+    for name in ("error", "message", "detail"):
+        if isinstance(body, dict) and body.get(name):
+            return message_of(body[name])
+    return body if isinstance(body, str) else json.dumps(body)
+
+
+class ServerError(OSError):
+    """The server cannot be reached, refused a request or broke off an answer."""

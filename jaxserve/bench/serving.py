@@ -3,8 +3,8 @@
 import asyncio
 import collections
 import contextlib
-import itertools
 import json
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,130 +15,14 @@ from typing import Any
 import httpx
 import numpy as np
 
-from jaxserve.bench.load import Request
+from jaxserve.bench.load import Answer, EventParser, Request, ServerError, message_of
 from jaxserve.checks import check_choice, require
 
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 ERRORS_LISTED = 5
-
-
-class EventParser:
-    """Server-sent events out of pieces of bytes, however the network cut or joined them.
-
-    Lines end with LF, CR LF or CR, and an empty line ends an event. Fields other than `data` are of no use here.
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-    """
-
-    # A CR at the very end stays in the buffer: its LF may be in the next piece.
-    _LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, piece: bytes) -> list[str]:
-        """The data of the events that this piece completes."""
-        *lines, self._rest = self._LINE_END.split(self._rest + piece)
-        return [data for line in lines if (data := self._line(line)) is not None]
-
-    def end(self) -> list[str]:
-        """The data of a last event that no empty line follows."""
-        return self.feed(b"\n\n")
-
-    def _line(self, line: bytes) -> str | None:
-        if line:
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                self._data.append(value.removeprefix(b" "))
-            return None
-        lines, self._data = self._data, []
-        return b"\n".join(lines).decode("utf-8", "replace") if lines else None
-
-
-@dataclass
-class Answer:
-    """One request and what came back. Times are in seconds since it was sent, `sent` itself since the run began.
-
-    Attributes:
-        input_tokens, output_tokens: as the server counts them, else as sent and one for each event.
-        token_times: when events with tokens came; an event may carry several tokens.
-        latency: when the last event before the usage came.
-        counted: the server told its counts.
-        complete: the server said that it had finished.
-        error: why the request failed, None if it did not.
-    """
-
-    sent: float
-    input_tokens: int
-    output_tokens: int = 0
-    token_times: list[float] = field(default_factory=list)
-    latency: float = 0.0
-    counted: bool = False
-    complete: bool = False
-    error: str | None = None
-
-    @property
-    def time_to_first_token(self) -> float | None:
-        return self.token_times[0] if self.token_times else None
-
-    @property
-    def time_per_output_token(self) -> float | None:
-        """Mean time of the tokens after those of the first event; None if there are none."""
-        if len(self.token_times) < 2 or self.output_tokens < 2:
-            return None
-        return (self.token_times[-1] - self.token_times[0]) / (self.output_tokens - 1)
-
-    def gaps(self) -> list[float]:
-        """Times between events with tokens."""
-        return [late - early for early, late in itertools.pairwise(self.token_times)]
-
-    def read(self, data: str, now: float) -> None:
-        """Take in one event.
-
-        Raises:
-            ServerError: it reports an error, or is nothing that the API knows.
-        """
-        if data == "[DONE]":
-            self.complete = True
-            return
-        try:
-            event = json.loads(data)
-        except json.JSONDecodeError as error:
-            raise ServerError(f"an event is not JSON: {data[:200]}") from error
-        if not isinstance(event, dict) or event.get("error") or event.get("object") == "error":
-            raise ServerError(f"error event: {message_of(event)}")
-        for choice in (event.get("choices") or [])[:1]:
-            self.latency = now
-            self.complete |= choice.get("finish_reason") is not None
-            if carries_tokens(choice):
-                self.token_times.append(now)
-        usage = event.get("usage") or {}
-        if {"prompt_tokens", "completion_tokens"} <= usage.keys():
-            self.input_tokens, self.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-            self.counted = True
-        elif not self.counted:
-            self.output_tokens = len(self.token_times)
-
-
-def carries_tokens(choice: dict[str, Any]) -> bool:
-    """Whether an event's choice holds tokens. An empty text can: half of a character, or a special token."""
-    delta = choice.get("delta") or {}
-    names = ("content", "reasoning_content", "reasoning", "tool_calls")
-    if choice.get("text") or any(delta.get(name) for name in names):
-        return True
-    return choice.get("finish_reason") is None and "role" not in delta  # neither the announcement nor the end
-
-
-def message_of(body: Any) -> str:
-    """The message in a server's JSON about an error."""
-    for name in ("error", "message", "detail"):
-        if isinstance(body, dict) and body.get(name):
-            return message_of(body[name])
-    return body if isinstance(body, str) else json.dumps(body)
-
-
-class ServerError(OSError):
-    """The server cannot be reached, refused a request or broke off an answer."""
+# What a connection that breaks, or an answer that is not HTTP, ends in.
+BROKEN = (OSError, EOFError, ValueError, LookupError, asyncio.LimitOverrunError)
+IDLE_SECONDS = 1.0  # a connection idle for longer is not used again
 
 
 @dataclass(frozen=True)
@@ -163,12 +47,117 @@ class Target:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of an HTTP client: no limit on connections, no waiting beside `timeout`, no proxy in between."""
+        """Options of an HTTP client: no waiting beside `timeout`, no proxy in between."""
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return {"base_url": self.base_url, "headers": headers, "timeout": None, "limits": limits, "trust_env": False}
+        return {"base_url": self.base_url, "headers": headers, "timeout": None, "trust_env": False}
+
+
+@dataclass
+class Connection:
+    """An open connection; `used` is when its last answer ended."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    used: float = math.inf
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it can be used once more: servers close idle connections after seconds, just as a request comes."""
+        return time.perf_counter() - self.used < IDLE_SECONDS and not self.reader.at_eof()
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """HTTP/1.1 for many streams at once.
+
+    httpx's own transport takes several times as long for each piece of an answer, and for each request a time that
+    grows with the square of the connections: above a hundred streams it would measure itself.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Connection] = []
+        self._tls = httpx.create_ssl_context(trust_env=False)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        connection = await self._connect(request.url)
+        try:
+            lines = [f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode()]
+            lines += [b"%b: %b" % header for header in request.headers.raw]
+            connection.writer.write(b"\r\n".join([*lines, b"", await request.aread()]))
+            await connection.writer.drain()
+            status, headers = await read_head(connection.reader)
+        except BaseException as error:
+            connection.writer.close()
+            if isinstance(error, BROKEN):
+                raise httpx.RemoteProtocolError(f"no answer came: {error}") from error
+            raise
+        return httpx.Response(status, headers=headers, stream=Body(connection, dict(headers), self._idle))
+
+    async def _connect(self, url: httpx.URL) -> Connection:
+        while self._idle:
+            if (connection := self._idle.pop()).fresh:
+                return connection
+            connection.writer.close()
+        tls = self._tls if url.scheme == "https" else None
+        try:
+            return Connection(*await asyncio.open_connection(url.host, url.port or (443 if tls else 80), ssl=tls))
+        except OSError as error:
+            raise httpx.ConnectError(str(error)) from error
+
+    async def aclose(self) -> None:
+        for connection in self._idle:
+            connection.writer.close()
+
+
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, list[tuple[bytes, bytes]]]:
+    """Status and headers, in lower case, of an answer; those that only say that one will come are skipped."""
+    status = 100
+    while status < 200:
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]
+        status = int(first.split(b" ")[1])
+    parts = (line.partition(b":") for line in lines)
+    return status, [(name.strip().lower(), value.strip()) for name, _, value in parts]
+
+
+class Body(httpx.AsyncByteStream):
+    """The body of an answer. A connection whose body was read to its end goes back to the idle ones."""
+
+    def __init__(self, connection: Connection, headers: dict[bytes, bytes], idle: list[Connection]) -> None:
+        self._connection, self._headers, self._idle = connection, headers, idle
+        self._complete = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        reader, size = self._connection.reader, self._headers.get(b"content-length")
+        kept = self._headers.get(b"connection", b"").lower() != b"close"
+        try:
+            if b"chunked" in self._headers.get(b"transfer-encoding", b"").lower():
+                async for piece in chunks(reader):
+                    yield piece
+                self._complete = kept
+            elif size is not None:
+                yield await reader.readexactly(int(size))
+                self._complete = kept
+            else:
+                while piece := await reader.read(2**16):
+                    yield piece
+        except BROKEN as error:
+            raise httpx.RemoteProtocolError(f"the connection broke within the answer: {error}") from error
+
+    async def aclose(self) -> None:
+        if self._complete:
+            self._connection.used = time.perf_counter()
+            self._idle.append(self._connection)
+        else:
+            self._connection.writer.close()
+
+
+async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Pieces of a body whose lengths are sent in hexadecimal before each. RFC 9112, section 7.1."""
+    while size := int((await reader.readuntil(b"\n")).partition(b";")[0], 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+    while (await reader.readuntil(b"\n")).strip():
+        pass  # trailers
 
 
 @dataclass
@@ -207,27 +196,30 @@ async def run(
     """
     gate = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
 
-    async def one(http: httpx.AsyncClient, request: Request) -> None:
+    http = httpx.AsyncClient(**target.options, transport=Transport())
+
+    async def one(request: Request, at: float) -> None:
         async with gate, record.one():
-            answer = await send(http, target, request, record.began)
+            answer = await send(http, target, request, record.began + at)
+        answer.sent = at + answer.late
         record.answers.append(answer)
         done(answer)
 
-    async with httpx.AsyncClient(**target.options) as http:
-        record.began = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for request, at in zip(requests, times, strict=True):
-                    await asyncio.sleep(max(0.0, record.began + at - time.perf_counter()))
-                    group.create_task(one(http, request))
-        finally:
-            record.seconds = time.perf_counter() - record.began
+    record.began = time.perf_counter()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for request, at in zip(requests, times, strict=True):
+                await asyncio.sleep(max(0.0, record.began + at - time.perf_counter()))
+                group.create_task(one(request, at))
+    finally:
+        record.seconds = time.perf_counter() - record.began
+        await http.aclose()
 
 
-async def send(http: httpx.AsyncClient, target: Target, request: Request, began: float) -> Answer:
-    """Send one request and read its answer; whatever goes wrong is the answer's error."""
+async def send(http: httpx.AsyncClient, target: Target, request: Request, due: float) -> Answer:
+    """Send a request that was `due` and read its answer; whatever goes wrong is the answer's error."""
     start = time.perf_counter()
-    answer = Answer(start - began, request.prompt_len)
+    answer = Answer(request.prompt_len, late=start - due)
     try:
         async with asyncio.timeout(target.timeout):
             await stream(http, ENDPOINTS[target.endpoint], request, answer, start)
@@ -355,6 +347,7 @@ def report(record: Record, num_prompts: int, percentiles: Sequence[float]) -> di
         "most_in_flight": record.most_in_flight,
         "without_usage": sum(not answer.counted for answer in good),
         **{name: statistics(values, percentiles) for name, values in samples(record.answers).items()},
+        "sent_late_ms": statistics([1e3 * answer.late for answer in record.answers], percentiles),
         "errors": [{"count": count, "message": text} for text, count in errors.most_common(ERRORS_LISTED)],
     }
 

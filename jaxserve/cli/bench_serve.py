@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxserve.bench import serving
-from jaxserve.bench.load import DISTRIBUTIONS, Lengths, Request, arrival_times, make_requests
+from jaxserve.bench.load import DISTRIBUTIONS, Lengths, Request, ServerError, arrival_times, make_requests
 from jaxserve.bench.workload import LARGEST_TOKEN_ID
 from jaxserve.checks import ParameterError, require
 from jaxserve.cli import flags
@@ -185,7 +185,7 @@ def warm_up(target: serving.Target, some: Sequence[Request], limit: int | None) 
     asyncio.run(serving.run(target, some, [0.0] * len(some), limit, record))
     for answer in record.answers:
         if answer.error is not None:
-            raise serving.ServerError(f"a warm-up request failed: {answer.error}")
+            raise ServerError(f"a warm-up request failed: {answer.error}")
 
 
 def measure(
@@ -248,7 +248,8 @@ def table(found: dict[str, Any]) -> str:
             number = f"{found[name]:.2f}" if isinstance(found[name], float) else str(found[name])
             lines.append(f"{title:<24}{number:>12}")
     lines += ["", f"{'ms':<24}" + "".join(f"{column:>10}" for column in found["latency_ms"])]
-    for name, (title, _) in serving.METRICS.items():
+    titles = {name: title for name, (title, _) in serving.METRICS.items()} | {"sent_late_ms": "sent late"}
+    for name, title in titles.items():
         cells = ["-" if value is None else f"{value:.1f}" for value in found[name].values()]
         lines.append(f"{title:<24}" + "".join(f"{cell:>10}" for cell in cells))
     if found["without_usage"]:

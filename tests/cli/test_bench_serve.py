@@ -1,6 +1,7 @@
 """`jaxserve bench serve`: the load, the reading of streams, and the command against a small server made for it."""
 
 import asyncio
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -9,11 +10,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -24,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from jaxserve.bench import serving
+from jaxserve.bench import load, serving
 from jaxserve.bench.load import Lengths, arrival_times, make_requests
 from jaxserve.checks import ParameterError
 from jaxserve.cli import main
@@ -201,7 +203,7 @@ def test_arrivals_at_an_infinite_rate_are_at_once():
 def test_prompts_have_the_lengths(vocab_size: int):
     lengths = [(5, 2), (1, 9)]
     rng = np.random.default_rng(0)
-    for request, (prompt_len, output_len) in zip(
+    for request, (prompt_len, _) in zip(
         make_requests(rng, lengths, endpoint="completions", vocab_size=vocab_size, fields={"max_tokens": 4, "x": None}),
         lengths,
         strict=True,
@@ -210,7 +212,6 @@ def test_prompts_have_the_lengths(vocab_size: int):
         assert len(body["prompt"]) == prompt_len == request.prompt_len
         assert all(0 < token < vocab_size for token in body["prompt"])
         assert (body["max_tokens"], body["x"], body["stream_options"]) == (4, None, {"include_usage": True})
-        assert request.output_len == output_len
     chat = make_requests(rng, lengths, endpoint="chat", fields={})
     for request, (prompt_len, output_len) in zip(chat, lengths, strict=True):
         body = json.loads(request.body)
@@ -226,7 +227,7 @@ EVENTS = ["one", "two\n né", "{}", "last"]
 
 @given(st.lists(st.integers(0, len(STREAM.encode())), max_size=30))
 def test_events_however_they_are_cut(cuts: list[int]):
-    parser, data = serving.EventParser(), STREAM.encode()
+    parser, data = load.EventParser(), STREAM.encode()
     edges = sorted({0, len(data), *cuts})
     found = [event for low, high in itertools.pairwise(edges) for event in parser.feed(data[low:high])]
     assert found + parser.end() == EVENTS
@@ -234,7 +235,7 @@ def test_events_however_they_are_cut(cuts: list[int]):
 
 
 def test_tokens_of_events_without_usage_are_counted():
-    answer = serving.Answer(0.0, 5)
+    answer = load.Answer(5)
     choices: list[dict[str, Any]] = [
         {"delta": {"role": "assistant", "content": ""}},
         {"delta": {"content": "a"}},
@@ -260,6 +261,75 @@ def test_statistics():
     found = serving.statistics([float(i) for i in range(101)], [90.0, 99.9])
     assert found == {"mean": 50.0, "median": 50.0, "p90": 90.0, "p99.9": pytest.approx(99.9), "max": 100.0}
     assert serving.statistics([], [90.0]) == {"mean": None, "median": None, "p90": None, "max": None}
+
+
+# HTTP, against bytes.
+
+ANSWERS = {
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc": "abc",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length:0\r\n\r\n": "",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\na\r\n\r\n00A\r\n0123456789\r\n0\r\nx: y\r\n\r\n": (
+        "a\r\n0123456789"
+    ),
+    b"HTTP/1.0 200\r\n\r\nuntil the end": "until the end",
+    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab": "ab",
+}
+BROKEN_ANSWERS = (
+    b"",
+    b"nonsense\r\n\r\n",
+    b"HTTP/1.1 20",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nlong\r\n",
+)
+
+
+def exchange(answers: Sequence[bytes], ends: bool = False, pause: float = 0.0) -> tuple[list[str], int]:
+    """Bodies that a server's answers give, and the connections it took; `ends` closes one after each answer."""
+    connections, left = [], iter(answers)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, StopAsyncIteration):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                assert head.startswith(b"POST /prefix/v1/x?y=1 HTTP/1.1\r\n")
+                assert b"host: 127.0.0.1:" in head.lower()
+                assert await reader.readexactly(4) == b"body"
+                writer.write(answer := next(left))
+                if ends or answer.startswith((b"HTTP/1.0", b"HTTP/1.1 200 OK\r\nConnection: close")):
+                    break
+        writer.close()
+
+    async def ask() -> list[str]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/prefix"
+        async with server, httpx.AsyncClient(base_url=url, transport=serving.Transport()) as http:
+            texts = []
+            for _ in answers:
+                texts.append((await http.post("/v1/x?y=1", content=b"body")).text)
+                await asyncio.sleep(pause)
+            return texts
+
+    return asyncio.run(ask()), len(connections)
+
+
+def test_answers_are_read_and_connections_used_again():
+    texts, connections = exchange(list(ANSWERS))
+    assert texts == list(ANSWERS.values())
+    assert connections == 2  # the fourth answer ends the first one
+
+
+def test_a_connection_that_the_server_closed_or_left_idle_is_not_used_again(monkeypatch: pytest.MonkeyPatch):
+    answer = next(iter(ANSWERS))
+    assert exchange([answer] * 3, ends=True, pause=0.1) == (["abc"] * 3, 3)
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.0)
+    assert exchange([answer] * 3) == (["abc"] * 3, 3)
+
+
+@pytest.mark.parametrize("answer", BROKEN_ANSWERS)
+def test_broken_answers_are_protocol_errors(answer: bytes):
+    with pytest.raises(httpx.RemoteProtocolError):
+        exchange([answer], ends=True)
 
 
 # The command.
@@ -373,6 +443,7 @@ def test_nothing_succeeds(fake: FakeServer, tmp_path: Path, capsys: pytest.Captu
 def test_the_limit_of_concurrency_holds(fake: FakeServer, tmp_path: Path):
     found = bench(fake, tmp_path, "--max-concurrency", "3", first=0.02)
     assert (fake.most_in_flight, found["most_in_flight"], found["successful"]) == (3, 3, 12)
+    assert found["sent_late_ms"]["max"] > 3 * 20 * 0.9  # the last three wait for three rounds of others
     found = bench(fake, tmp_path, first=0.5)
     assert min(fake.most_in_flight, found["most_in_flight"]) > 3
 
@@ -383,6 +454,7 @@ def test_requests_arrive_at_the_rate(fake: FakeServer, tmp_path: Path):
     assert sent[0] < 0.5
     assert 0.8 < sent[-1] < 3
     assert np.diff(sent).max() < 1
+    assert 0 <= found["sent_late_ms"]["median"] < 500
     assert found["arguments"]["request_rate"] == 30.0
 
 
