@@ -169,8 +169,9 @@ def add_information(app: FastAPI, service: Service, registry: CollectorRegistry)
             return ApiError(503, str(error)).response()
         return Response(status_code=200)
 
-    for path, methods in (("/health", ["GET"]), ("/ping", ["GET", "POST"])):
-        app.add_api_route(path, alive, methods=methods, response_class=Response)
+    for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+        name = f"{method.lower()}{path.replace('/', '_')}"
+        app.add_api_route(path, alive, methods=[method], response_class=Response, operation_id=name)
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -1,0 +1,268 @@
+"""The official client against a live server."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from live import ADMIN_KEY, KEY, Live, serve, warm
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+GREEDY = {"model": "tiny", "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def live(small_flags: list[str]) -> Iterator[Live]:
+    with serve(*small_flags, "--api-key", KEY, "--admin-api-key", ADMIN_KEY) as server:
+        warm(server)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> openai.OpenAI:
+    return live.client()
+
+
+def test_models(client: openai.OpenAI, live: Live):
+    first, second = client.models.list().data
+    assert (first.id, second.id, first.owned_by) == ("tiny", "small-alias", "jaxserve")
+    assert client.models.retrieve("tiny").model_extra["max_model_len"] == 256
+
+
+def test_a_chat_and_its_stream_say_the_same(client: openai.OpenAI):
+    whole = client.chat.completions.create(messages=MESSAGES, max_completion_tokens=24, **GREEDY)
+    choice = whole.choices[0]
+    assert "Paris" in choice.message.content
+    assert (whole.object, choice.finish_reason, choice.message.role) == ("chat.completion", "stop", "assistant")
+    assert whole.id.startswith("chatcmpl-")
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(messages=MESSAGES, max_tokens=24, **GREEDY, **options))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[0].choices[0].delta.content == ""
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == choice.message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
+    assert not chunks[-1].choices
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_content_may_be_parts(client: openai.OpenAI):
+    parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
+    answers = [client.chat.completions.create(messages=m, max_tokens=8, **GREEDY) for m in (MESSAGES, parts)]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+def test_chat_logprobs(client: openai.OpenAI):
+    answer = client.chat.completions.create(messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=3, **GREEDY)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == 5 == answer.usage.completion_tokens
+    assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
+    for entry in entries:
+        assert bytes(entry.bytes).decode() == entry.token
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].logprob == entry.logprob == max(top.logprob for top in entry.top_logprobs)
+    stream = client.chat.completions.create(messages=MESSAGES, max_tokens=5, logprobs=True, stream=True, **GREEDY)
+    streamed = [e for c in stream if c.choices and c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in entries], abs=1e-4)
+
+
+def test_a_message_may_be_continued(client: openai.OpenAI):
+    messages = [*MESSAGES, {"role": "assistant", "content": "The capital of France is"}]
+    extra = {"add_generation_prompt": False, "continue_final_message": True, "echo": True}
+    answer = client.chat.completions.create(messages=messages, max_tokens=4, extra_body=extra, **GREEDY)
+    assert answer.choices[0].message.content.startswith("The capital of France is Paris")
+
+
+def test_completions_of_several_prompts(client: openai.OpenAI):
+    prompts = ["The sky", "One two"]
+    alone = [client.completions.create(prompt=p, max_tokens=6, **GREEDY).choices[0].text for p in prompts]
+    together = client.completions.create(prompt=prompts, max_tokens=6, **GREEDY)
+    assert [choice.text for choice in together.choices] == alone
+    assert [choice.index for choice in together.choices] == [0, 1]
+    assert together.usage.completion_tokens == 12
+    texts = {0: "", 1: ""}
+    for chunk in client.completions.create(prompt=prompts, max_tokens=6, stream=True, **GREEDY):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(texts.values()) == alone
+
+
+def test_token_ids_are_prompts_and_answers(client: openai.OpenAI, live: Live):
+    with live.http() as http:
+        ids = http.post("/tokenize", json={"prompt": "The sky is"}).json()["tokens"]
+        assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "The sky is"}
+    extra = {"return_token_ids": True}
+    answer = client.completions.create(prompt=ids, max_tokens=4, extra_body=extra, **GREEDY)
+    assert (
+        answer.choices[0].text == client.completions.create(prompt="The sky is", max_tokens=4, **GREEDY).choices[0].text
+    )
+    assert len(answer.choices[0].model_extra["token_ids"]) == 4
+    assert answer.model_extra["prompt_token_ids"] == ids
+
+
+def test_completion_logprobs_and_echo(client: openai.OpenAI):
+    answer = client.completions.create(prompt="The sky is", max_tokens=3, logprobs=2, echo=True, **GREEDY)
+    choice = answer.choices[0]
+    logprobs = choice.logprobs
+    assert choice.text.startswith("The sky is")
+    assert "".join(logprobs.tokens) == choice.text
+    assert len(logprobs.tokens) == answer.usage.total_tokens
+    assert logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in logprobs.token_logprobs[1:])
+    for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
+        assert choice.text[offset : offset + len(token)] == token
+    plain = client.completions.create(prompt="The sky is", max_tokens=3, extra_body={"prompt_logprobs": 1}, **GREEDY)
+    prompt = plain.choices[0].model_extra["prompt_logprobs"]
+    assert [None if p is None else max(v["logprob"] for v in p.values()) <= 0 for p in prompt] == [None, True, True]
+
+
+def test_several_choices_and_seeds(client: openai.OpenAI):
+    options = {"model": "tiny", "temperature": 1.2, "max_tokens": 8, "messages": MESSAGES, "n": 3}
+    one, again, other = (client.chat.completions.create(seed=seed, **options) for seed in (7, 7, 8))
+    texts = [[choice.message.content for choice in answer.choices] for answer in (one, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) > 1
+    assert [choice.index for choice in one.choices] == [0, 1, 2]
+
+
+def test_stop_strings(client: openai.OpenAI):
+    full = client.completions.create(prompt="One, two, three,", max_tokens=20, **GREEDY).choices[0].text
+    stop = full[5:8]
+    answer = client.completions.create(prompt="One, two, three,", max_tokens=20, stop=[stop], **GREEDY).choices[0]
+    assert answer.text == full[: full.index(stop)]
+    assert (answer.finish_reason, answer.model_extra["stop_reason"]) == ("stop", stop)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"temperature": 3}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"n": 0}, 400, "n"),
+        ({"max_tokens": 1000}, 400, "max_tokens"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"prompt": "word " * 400}, 400, "prompt"),
+        ({"prompt": [-1]}, 400, None),
+        ({"prompt": {}}, 400, None),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"logit_bias": {"no": 1}}, 400, None),
+        ({"best_of": 3}, 400, "best_of"),
+        ({"suffix": "x"}, 400, "suffix"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"seed": 1e30}, 400, "seed"),
+        ({"priority": 3}, 400, "priority"),
+        ({"request_id": "x" * 300}, 400, "request_id"),
+    ],
+)
+def test_mistakes_are_named(live: Live, body: dict, status: int, param: str | None):
+    with live.http() as http:
+        answer = http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1} | body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, status), error
+    assert set(error) == {"message", "type", "param", "code"}
+    if param is not None:
+        assert (error["param"] or "").partition(".")[0].partition("[")[0] in (param, "prompt_token_ids")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"[" * 50_000,
+        b'{"prompt": "x", "tokens": [1], "temperature": NaN, "model": 3}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "stop": "\\udc00"}',
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": null}',
+        b'{"messages": [{"role": 1, "content": {}}]}',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_broken_bodies_are_the_clients_fault(live: Live, path: str, content: bytes):
+    with live.http() as http:
+        answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.json()["error"]["message"]
+        assert http.get("/health").status_code == 200
+
+
+def test_errors_of_the_client_library(client: openai.OpenAI):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="shorten the prompt or lower max_tokens"):
+        client.completions.create(model="tiny", prompt="x", max_tokens=999)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_keys(live: Live):
+    open_routes = {"/health", "/ready", "/ping"}
+    closed = {"/v1/models", "/metrics", "/version", "/load", "/openapi.json", "/docs"}
+    with live.http(None) as nobody, live.http() as caller, live.http(ADMIN_KEY) as admin:
+        assert {path for path in open_routes | closed if nobody.get(path).status_code == 200} == open_routes
+        assert all(caller.get(path).status_code == 200 for path in open_routes | closed)
+        for client, status in ((nobody, 401), (caller, 401), (admin, 200)):
+            assert client.post("/reset_prefix_cache").status_code == status
+        assert nobody.post("/tokenize", json={"prompt": "x"}).status_code == 401
+
+
+def test_unknown_fields_are_named_and_parameters_shown(live: Live):
+    body = {"prompt": "Hi", "max_tokens": 1, "top_q": 1, "user": "me", "x_effective_params": True, "top_k": 5}
+    with live.http() as http:
+        answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "abc"})
+    assert answer.headers["x-ignored-fields"] == "top_q"
+    assert answer.headers["x-request-id"] == answer.json()["id"] == "cmpl-abc"
+    shown = answer.json()["x_effective_params"]
+    assert (shown["top_k"], shown["max_tokens"], shown["repetition_penalty"]) == (5, 1, 1.0)
+
+
+def test_a_client_that_leaves_frees_its_pages(live: Live):
+    body = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True, "temperature": 0}
+    with live.http() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        live.settles(1.0)
+        lines.close()
+    live.settles()
+    with live.http() as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=body, timeout=0.5)
+    live.settles()
+    assert live.metric("jaxserve:kv_cache_usage_perc") == 0
+
+
+def test_abort_by_id(live: Live):
+    body = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True, "request_id": "mine"}
+    with live.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        with live.http() as other:
+            assert other.post("/abort/cmpl-mine").json() == {"aborted": True}
+            assert other.post("/abort/cmpl-other").json() == {"aborted": False}
+        events = [line for line in lines if line]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "abort"
+
+
+def test_many_at_once_with_the_async_client(live: Live):
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+
+            async def one(i: int) -> str:
+                text = ""
+                stream = await client.chat.completions.create(messages=MESSAGES, max_tokens=10, stream=True, **GREEDY)
+                async for chunk in stream:
+                    text += chunk.choices[0].delta.content or ""
+                return text
+
+            return await asyncio.gather(*(one(i) for i in range(12)))
+
+    texts = asyncio.run(all_of_them())
+    assert len(set(texts)) == 1
+    assert "Paris" in texts[0]
