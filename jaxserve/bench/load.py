@@ -15,6 +15,7 @@ from jaxserve.checks import check_choice, check_float, check_int, require
 
 DISTRIBUTIONS = ("lognormal", "uniform", "fixed")
 SPECIAL_TOKENS = 300  # vocabularies with special tokens or single bytes in front have them below
+TAIL = 8  # no length is more than so many times the mean, or a single request could last longer than all others
 DRAWS = 100  # tries to draw lengths that fit, before giving up
 # Short and frequent: one token each, with the blank before it, in practically every vocabulary.
 WORDS = (
@@ -36,7 +37,8 @@ class Lengths:
         distribution: "lognormal" as in collections of real conversations, "uniform" or "fixed".
         sigma: standard deviation of the logarithm, for "lognormal"; 1 is about that of ShareGPT.
         range_ratio: half the width as a share of the mean, for "uniform".
-        limit: most tokens of a prompt and its output together; longer pairs are drawn anew, which lowers the means.
+        limit: most tokens of a prompt and its output together; longer pairs are drawn anew, which lowers the means,
+            with the default by about a tenth.
 
     Raises:
         TypeError, ParameterError: a value is out of its range.
@@ -62,7 +64,7 @@ class Lengths:
 
     @property
     def most(self) -> int:
-        """`limit`; if there is none, 4 times the means, so that one request in a hundred is not the whole load."""
+        """`limit`; if there is none, 4 times the means, like the filter that ShareGPT is commonly used with."""
         return 4 * (self.input_len + self.output_len) if self.limit is None else check_int("max_total_len", self.limit)
 
     def draw(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -71,10 +73,11 @@ class Lengths:
         Raises:
             ParameterError: hardly any request fits the limit.
         """
+        longest = TAIL * self.input_len, TAIL * self.output_len
         kept: list[tuple[int, int]] = []
         for _ in range(DRAWS):
             pairs = zip(self._some(rng, self.input_len, count), self._some(rng, self.output_len, count), strict=True)
-            kept += [pair for pair in pairs if sum(pair) <= self.most]
+            kept += [(a, b) for a, b in pairs if a + b <= self.most and a <= longest[0] and b <= longest[1]]
             if len(kept) >= count:
                 return kept[:count]
         require(False, "max_total_len", self.most, f"leave room for lengths {self.input_len} and {self.output_len}")

@@ -376,14 +376,14 @@ def plot(answers: Sequence[Answer], title: str, path: str | Path) -> None:
     for axes, (name, values) in zip(figure.subplots(2, 2).flat, samples(answers).items(), strict=True):
         axes.set_title(METRICS[name][0])
         axes.set_xlabel("ms")
+        axes.set_ylabel("events" if name == "inter_token_latency_ms" else "requests")
         axes.grid(alpha=0.3)
         if not values:
             continue
         top = float(np.percentile(values, 99.5))  # the few above would leave no room for the rest
-        axes.hist(np.minimum(values, top), bins=50, color="tab:blue", alpha=0.7)
+        axes.hist(np.minimum(values, top), bins=50, range=(0.0, 1.001 * top), color="tab:blue", alpha=0.7)
         for share, style in ((50, "-"), (99, "--")):
             value = float(np.percentile(values, share))
             axes.axvline(value, color="tab:orange", linestyle=style, label=f"p{share}: {value:.1f} ms")
-        axes.set_xlim(left=0)
         axes.legend()
     figure.savefig(path, dpi=150)

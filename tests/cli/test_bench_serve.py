@@ -181,8 +181,13 @@ def test_lengths_are_in_range_and_repeatable(given_len: int, output_len: int, ra
 
 def test_lognormal_lengths_have_the_mean_and_a_long_tail():
     drawn = np.array(Lengths(200, 100, limit=100_000).draw(np.random.default_rng(0), 20_000))
-    assert drawn.mean(axis=0) == pytest.approx([200, 100], rel=0.05)
+    # The longest half per cent is missing, and with it 5% of the mean.
+    assert drawn.mean(axis=0) == pytest.approx([190, 95], rel=0.05)
     assert np.median(drawn, axis=0) == pytest.approx(np.array([200, 100]) / math.sqrt(math.e), rel=0.05)
+    assert drawn.max(axis=0) == pytest.approx([1600, 800], rel=0.05)
+    usual = np.array(Lengths(200, 100).draw(np.random.default_rng(0), 20_000))
+    assert usual.mean(axis=0) == pytest.approx([180, 90], rel=0.07)
+    assert usual.sum(axis=1).max() <= 1200
 
 
 @pytest.mark.parametrize(("rate", "burstiness"), [(0.5, 1.0), (40.0, 0.3), (40.0, 10.0)])
