@@ -329,7 +329,6 @@ def report(record: Record, num_prompts: int, percentiles: Sequence[float]) -> di
     tokens had to be counted here, as one for each event.
     """
     good = [answer for answer in record.answers if answer.error is None]
-    errors = collections.Counter(answer.error for answer in record.answers if answer.error is not None)
     given, generated = sum(answer.input_tokens for answer in good), sum(answer.output_tokens for answer in good)
     events, seconds = sum(len(answer.token_times) for answer in good), max(record.seconds, 1e-9)
     return {
@@ -348,8 +347,15 @@ def report(record: Record, num_prompts: int, percentiles: Sequence[float]) -> di
         "without_usage": sum(not answer.counted for answer in good),
         **{name: statistics(values, percentiles) for name, values in samples(record.answers).items()},
         "sent_late_ms": statistics([1e3 * answer.late for answer in record.answers], percentiles),
-        "errors": [{"count": count, "message": text} for text, count in errors.most_common(ERRORS_LISTED)],
+        "errors": commonest([answer.error for answer in record.answers if answer.error is not None]),
     }
+
+
+def commonest(errors: Sequence[str]) -> list[dict[str, Any]]:
+    """The commonest messages; of those that differ in numbers only, the first stands for all."""
+    kinds = [re.sub(r"\d+", "0", text) for text in errors]
+    counts = collections.Counter(kinds).most_common(ERRORS_LISTED)
+    return [{"count": count, "message": errors[kinds.index(kind)]} for kind, count in counts]
 
 
 def details(answer: Answer) -> dict[str, Any]:

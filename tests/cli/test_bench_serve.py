@@ -268,6 +268,16 @@ def test_statistics():
     assert serving.statistics([], [90.0]) == {"mean": None, "median": None, "p90": None, "max": None}
 
 
+def test_messages_that_differ_in_numbers_are_one():
+    errors = [*(f"HTTP 400: token {i} is too large" for i in range(3)), "gone", *("gone" for _ in range(4))]
+    assert serving.commonest(errors) == [
+        {"count": 5, "message": "gone"},
+        {"count": 3, "message": "HTTP 400: token 0 is too large"},
+    ]
+    assert serving.commonest([]) == []
+    assert len(serving.commonest(list("abcdefgh"))) == serving.ERRORS_LISTED
+
+
 # HTTP, against bytes.
 
 ANSWERS = {
