@@ -10,6 +10,18 @@ PREFIX = "jaxserve:"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
+# Of each request as a whole, under vLLM's names.
+REQUEST_DISTRIBUTIONS = {
+    "request_prompt_tokens": TOKENS,
+    "request_generation_tokens": TOKENS,
+    "request_params_n": (1, 2, 5, 10, 20),
+    "request_params_max_tokens": TOKENS,
+    "request_time_per_output_token_seconds": SECONDS,
+    "request_prefill_time_seconds": SECONDS,
+    "request_decode_time_seconds": SECONDS,
+    "request_inference_time_seconds": SECONDS,
+}
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -84,6 +96,7 @@ class Metrics:
         self.e2e_latency = Distribution(SECONDS)
         self.queue_time = Distribution(SECONDS)
         self.step_tokens = Distribution(TOKENS)
+        self.requests = {name: Distribution(bounds) for name, bounds in REQUEST_DISTRIBUTIONS.items()}
 
     def step(self, work: Work, gained: Iterable[Sequence], now: float) -> None:
         """Count a finished step, several where decodes ran in a row, and note when each sequence got its tokens.
@@ -115,7 +128,25 @@ class Metrics:
         """Count one ended request, by its first sequence."""
         reason = sequence.finish_reason or "error"
         self.finished[reason] = self.finished.get(reason, 0) + 1
-        self.e2e_latency.observe(now - sequence.stats.queued_ts)
+        stats, params = sequence.stats, sequence.params
+        self.e2e_latency.observe(now - stats.queued_ts)
+        seen = {
+            "request_prompt_tokens": sequence.num_prompt,
+            "request_generation_tokens": sequence.num_output,
+            "request_params_n": params.n,
+            "request_params_max_tokens": params.max_tokens or 0,
+        }
+        if stats.num_generation_tokens:
+            decoding = stats.last_token_ts - stats.first_token_ts
+            seen |= {
+                "request_prefill_time_seconds": stats.first_token_ts - stats.scheduled_ts,
+                "request_decode_time_seconds": decoding,
+                "request_inference_time_seconds": stats.last_token_ts - stats.scheduled_ts,
+            }
+            if stats.num_generation_tokens > 1:
+                seen["request_time_per_output_token_seconds"] = decoding / (stats.num_generation_tokens - 1)
+        for name, value in seen.items():
+            self.requests[name].observe(value)
 
     def snapshot(self, gauges: Mapping[str, float | int], counters: Mapping[str, int]) -> list[Metric]:
         """Everything, with the values other parts of the engine keep themselves."""
@@ -132,5 +163,6 @@ class Metrics:
             "e2e_request_latency_seconds": self.e2e_latency,
             "request_queue_time_seconds": self.queue_time,
             "iteration_tokens_total": self.step_tokens,
+            **self.requests,
         }
         return result + [distribution.snapshot(PREFIX + name) for name, distribution in distributions.items()]
