@@ -105,11 +105,12 @@ class Batch:
         end = None
         with contextlib.suppress(RuntimeError):  # the loop is closed: the run has ended
             try:
-                for line in pending(self._files.source, self._files.output.written):
-                    self._room.acquire()
-                    if self._stopped:
-                        return
-                    loop.call_soon_threadsafe(self._arrivals.put_nowait, line)
+                with self._files.source as file:
+                    for line in pending(file, self._files.output.written):
+                        self._room.acquire()
+                        if self._stopped:
+                            return
+                        loop.call_soon_threadsafe(self._arrivals.put_nowait, line)
             except Exception as error:
                 end = error
             loop.call_soon_threadsafe(self._arrivals.put_nowait, end)
@@ -210,12 +211,17 @@ def check_text(body: Any) -> None:
 def run_batch(
     engine_args: EngineArgs, files: BatchFiles, *, max_concurrency: int | None = None, show_progress: bool = False
 ) -> Outcome:
-    """Load the model and answer a file. Without `max_concurrency` twice `max_num_seqs` requests are in flight.
+    """Load the model, if there is anything to do, and answer a file.
+
+    Without `max_concurrency` twice `max_num_seqs` requests are in flight.
 
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
         EngineDeadError, OSError: as `Batch.run`.
     """
+    if files.total is not None and files.total == files.output.written.total:
+        files.output.begin()
+        return Outcome()
     engine = AsyncLLMEngine.from_engine_args(engine_args)
     try:
         concurrency = max_concurrency or 2 * engine.config.max_num_seqs

@@ -190,7 +190,6 @@ def open_files(source: str, target: str, *, overwrite: bool = False) -> Iterator
         ValueError: they are the same file, or the output does not belong to the input.
     """
     with contextlib.ExitStack() as stack:
-        # A reader of its own: the thread that waits on it may still hold its lock when the interpreter ends.
         file = stack.enter_context(open(0 if source == STANDARD else source, "rb", closefd=source != STANDARD))
         about = os.fstat(file.fileno())
         again = source != STANDARD and stat.S_ISREG(about.st_mode)
@@ -204,4 +203,8 @@ def open_files(source: str, target: str, *, overwrite: bool = False) -> Iterator
         if output.written.total and not again:
             message = f"{target} holds results, and an input that is no file cannot be compared with them."
             raise ValueError(f"{message} Choose another output, --overwrite it, or give the input as a file.")
-        yield BatchFiles(file, output, survey(file, output.written, target) if again else None)
+        total = survey(file, output.written, target) if again else None
+        if not again:  # whoever reads a pipe closes it: closing waits for a thread that waits for the next line
+            stack.pop_all()
+            stack.callback(raw.close)
+        yield BatchFiles(file, output, total)
