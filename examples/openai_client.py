@@ -1,41 +1,27 @@
-"""The official OpenAI client against a server started with `jaxserve serve` (pip install openai).
+"""The official OpenAI client (pip install openai) against a server started with `jaxserve serve`.
 
-python examples/openai_client.py [--base-url http://127.0.0.1:8000/v1] [--api-key KEY]
+python examples/openai_client.py [http://127.0.0.1:8000/v1 [API_KEY]]
 """
 
-import argparse
+import sys
 
 from openai import OpenAI
 
+url, key = (*sys.argv[1:], *["http://127.0.0.1:8000/v1", "none"][len(sys.argv) - 1 :])
+client = OpenAI(base_url=url, api_key=key)
+model = client.models.list().data[0].id
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", default="none", help="as given to the server")
-    args = parser.parse_args()
-    client = OpenAI(base_url=args.base_url, api_key=args.api_key)
-    model = client.models.list().data[0].id
+question = [{"role": "user", "content": "What is the capital of France?"}]
+answer = client.chat.completions.create(model=model, messages=question, max_tokens=40, temperature=0)
+print(answer.choices[0].message.content, f"({answer.usage.completion_tokens} tokens)")
 
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=40, temperature=0)
-    print(answer.choices[0].message.content)
-    print(answer.usage)
+request = [{"role": "user", "content": "Write one sentence about a small robot."}]
+for chunk in client.chat.completions.create(model=model, messages=request, max_tokens=60, stream=True):
+    print(chunk.choices[0].delta.content or "", end="", flush=True)
+print()
 
-    messages[0]["content"] = "Write one sentence about a small robot."
-    stream = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=60, stream=True, stream_options={"include_usage": True}
-    )
-    for chunk in stream:
-        if chunk.choices:
-            print(chunk.choices[0].delta.content or "", end="", flush=True)
-    print()
-
-    # Fields that the client does not know travel in extra_body.
-    extra = {"top_k": 20, "min_p": 0.05, "x_effective_params": True}
-    text = client.completions.create(model=model, prompt="Once upon a time", max_tokens=30, seed=1, extra_body=extra)
-    print(text.choices[0].text)
-    print((text.model_extra or {})["x_effective_params"])
-
-
-if __name__ == "__main__":
-    main()
+# Fields that the client does not know travel in extra_body.
+extra = {"top_k": 20, "min_p": 0.05, "x_effective_params": True}
+text = client.completions.create(model=model, prompt="Once upon a time", max_tokens=30, seed=1, extra_body=extra)
+print(text.choices[0].text)
+print(text.model_extra["x_effective_params"])

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from jaxserve.config import EngineArgs
     from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
         TokensPrompt,
     )
 
-__version__ = "0.1.0"
 
 # Public name -> module; loaded on first use, so that `import jaxserve` alone does not start jax.
 _MODULES = {

@@ -23,8 +23,17 @@ from pathlib import Path
 import httpx
 
 ADMIN = "soak"
-BROKEN = (b"{", b"[]", b'{"prompt": 1}', b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "\\ud800"}', b"[" * 9999,
-          b'{"messages": [{}]}', b'{"prompt": "x", "model": "none"}', b'{"prompt": "x", "max_tokens": 100000}')  # fmt: skip
+BROKEN = (
+    b"{",
+    b"[]",
+    b"[" * 9999,
+    b'{"prompt": 1}',
+    b'{"messages": [{}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    b'{"messages": [{"role": "user", "content": "x"}], "model": "none"}',
+    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 100000}',
+)
 JSON = {"Content-Type": "application/json"}
 
 

@@ -18,6 +18,7 @@ PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 LAYERS: list[tuple[str, ...]] = [
     ("pallas_kernels",),
     ("sharding",),
+    ("jaxserve.version",),
     ("jaxserve.checks",),
     ("jaxserve.sampling_params",),
     ("jaxserve.types",),

@@ -92,6 +92,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def from_environment(*names: str) -> list[str]:
+    """The value of the first of these variables that is set, if any is."""
+    return [os.environ[name] for name in names if os.environ.get(name)][:1]
+
+
 def set_up_output(verbose: bool) -> None:
     """Log lines on standard error, and no advice from libraries about packages that are not needed here."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)

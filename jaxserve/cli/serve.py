@@ -2,10 +2,9 @@
 
 import argparse
 import logging
-import os
 from typing import Any
 
-from jaxserve.cli import flags
+from jaxserve.cli import flags, from_environment
 from jaxserve.config.options import parse_count
 
 DESCRIPTION = """Serve a model over HTTP: OpenAI's completions and chats, with vLLM's additional fields.
@@ -81,10 +80,10 @@ def _options(args: argparse.Namespace) -> Any:
     from jaxserve.server.middleware import Keys
     from jaxserve.server.service import Limits
 
-    environment = [os.environ[name] for name in ("JAXSERVE_API_KEY", "VLLM_API_KEY") if os.environ.get(name)]
-    admin = [os.environ["JAXSERVE_ADMIN_API_KEY"]] if os.environ.get("JAXSERVE_ADMIN_API_KEY") else []
+    environment = from_environment("JAXSERVE_API_KEY", "VLLM_API_KEY")
+    admin = from_environment("JAXSERVE_ADMIN_API_KEY")
     app = AppOptions(
-        keys=Keys(read_keys(args.api_key, args.api_key_file) + environment[:1]),
+        keys=Keys(read_keys(args.api_key, args.api_key_file) + environment),
         admin_keys=Keys(args.admin_api_key + admin),
         max_body_bytes=int(args.max_body_mb * MIB),
         strict=args.strict_requests,

@@ -50,6 +50,11 @@ class WaitingQueue:
             heapq.heapify(self._heap)
             self._num_left = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences; other threads may ask."""
+        return sum(seq.num_tokens for seq in self.all())
+
     def all(self) -> list[Sequence]:
         """Every sequence, in no particular order; other threads may ask."""
         return [entry[-1] for entry in list(self._heap) if not entry[-1].finished]

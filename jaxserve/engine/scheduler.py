@@ -72,7 +72,7 @@ class Scheduler:
         self._chunked = enable_chunked_prefill
         self._by_priority = policy == "priority"
         self._decode_steps = decode_steps
-        self._waiting = WaitingQueue(self._by_priority)
+        self.waiting = WaitingQueue(self._by_priority)
         # In the order of admission or of priority; either way the last one is the next victim of preemption.
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -84,17 +84,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Tokens of the waiting sequences; other threads may ask."""
-        return sum(seq.num_tokens for seq in self._waiting.all())
+        return len(self.waiting)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._running) or len(self._waiting) > 0
+        return bool(self._running) or len(self.waiting) > 0
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence.
@@ -108,7 +103,7 @@ class Scheduler:
                 f"request {seq.request.request_id!r} has {seq.num_prompt} prompt tokens and room for {room} in all; "
                 f"it needs a prompt, room for one more token, and at most max_model_len={self._max_model_len}"
             )
-        self._waiting.push(seq)
+        self.waiting.push(seq)
 
     def abort(self, seq: Sequence) -> bool:
         """End a sequence wherever it stands, also in flight. Returns False if it had ended already."""
@@ -130,7 +125,7 @@ class Scheduler:
         seq.num_pending = 0
         seq.num_computed = min(seq.num_computed, seq.num_tokens)
         if not was_running:
-            self._waiting.forget()
+            self.waiting.forget()
         return True
 
     def take_failed(self) -> list[Sequence]:
@@ -206,7 +201,7 @@ class Scheduler:
         A sequence that ends before the others computes on; `commit` drops what it samples.
         """
         steps, page_size = self._decode_steps, self.pages.page_size
-        if steps == 1 or (len(self._waiting) and self._free_slots):
+        if steps == 1 or (len(self.waiting) and self._free_slots):
             return False
         planned, missing = [], 0
         for seq in self._running:
@@ -250,7 +245,7 @@ class Scheduler:
     def _schedule_waiting(self, rows: StepRows, budget: int) -> None:
         """Admit waiting sequences in order while budget, slots and pages last."""
         while budget and self._free_slots:
-            seq = self._waiting.peek()
+            seq = self.waiting.peek()
             if seq is None or seq.num_pending:  # a preempted one whose token has not arrived
                 return
             found = self._find_cached(seq)
@@ -296,7 +291,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, found: list[int], num_new: int) -> None:
         """Give the first waiting sequence a slot and the pages of all its known tokens."""
-        self._waiting.pop()
+        self.waiting.pop()
         pages = self.pages
         pages.take(found)
         seq.pages = found + pages.allocate(num_new)
@@ -341,7 +336,7 @@ class Scheduler:
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.push(seq, first=True)
+        self.waiting.push(seq, first=True)
 
     def _fail(self, seq: Sequence) -> None:
         self.finish(seq, "error")
@@ -374,9 +369,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that lengths, slots, page table, queues and page references agree. For tests; it is slow."""
-        waiting = self._waiting.all()
-        if len(waiting) != len(self._waiting):
-            raise AssertionError(f"{len(waiting)} sequences wait, {len(self._waiting)} are counted")
+        waiting = self.waiting.all()
+        if len(waiting) != len(self.waiting):
+            raise AssertionError(f"{len(waiting)} sequences wait, {len(self.waiting)} are counted")
         for seq in waiting:
             seq.check()
             if seq.status is not Status.WAITING or seq.slot != -1 or seq.pages or seq.num_computed:

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from jaxserve import __version__
 from jaxserve.engine.async_engine import EngineDeadError
 from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.middleware import Authenticate, Keys, LimitBody, Observe
@@ -28,6 +27,7 @@ from jaxserve.server.protocol import (
     TokenizeRequest,
 )
 from jaxserve.server.service import Service
+from jaxserve.version import __version__
 
 ADMIN_ROUTES = ("/reset_prefix_cache", "/start_profile", "/stop_profile")
 STARTED = int(time.time())

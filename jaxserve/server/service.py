@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxserve import __version__
 from jaxserve.engine.async_engine import AsyncLLMEngine
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.server.answers import (
@@ -27,6 +26,7 @@ from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, TokenizeRequest
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, PromptType, Request, RequestOutput, TokensPrompt
+from jaxserve.version import __version__
 
 NOT_SHOWN = ("output_kind", "detokenize", "extra_args", "flat_logprobs", "skip_reading_prefix_cache")
 
@@ -361,8 +361,8 @@ def check_room(request: Request, max_tokens: int | None, most: int) -> None:
     prompt = len(request.prompt_token_ids)
     if max_tokens is not None and prompt + max_tokens > most:
         message = (
-            f"the model's context holds {most} tokens, but {prompt + max_tokens} were requested: {prompt} in the prompt "
-            f"and max_tokens={max_tokens}; shorten the prompt or lower max_tokens to at most {most - prompt}"
+            f"the model's context holds {most} tokens, but {prompt + max_tokens} were requested: {prompt} in the "
+            f"prompt and max_tokens={max_tokens}; shorten the prompt or lower max_tokens to at most {most - prompt}"
         )
         raise ApiError(400, message, param="max_tokens")
 

@@ -382,7 +382,7 @@ def test_many_aborts_leave_no_entries_behind():
         scheduler.abort(seq)
     scheduler.check_integrity()
     assert scheduler.num_waiting == 1
-    assert len(scheduler._waiting._heap) < 100
+    assert len(scheduler.waiting._heap) < 100
 
 
 def test_stats_hold_the_first_admission():

@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -248,6 +252,31 @@ def test_abort_by_id(live: Live):
         events = [line for line in lines if line]
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize("prompt", ["Les élèves mangèrent à", "数字：一、二、", "🙂🙃🙂🙃 and"])
+def test_streams_equal_whole_answers_whatever_the_stop_strings(client: openai.OpenAI, prompt: str):
+    rng, options = random.Random(prompt), {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 1.0}
+    full = client.completions.create(seed=1, **options).choices[0].text
+    for _ in range(5):
+        starts = [rng.randrange(len(full)) for _ in range(rng.randint(0, 3))]
+        stop = [full[start : start + rng.randint(1, 4)] for start in starts]
+        common = options | {"seed": 1, "stop": stop, "extra_body": {"include_stop_str_in_output": rng.random() < 0.3}}
+        whole = client.completions.create(**common).choices[0]
+        pieces = [chunk.choices[0] for chunk in client.completions.create(stream=True, **common)]
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert pieces[-1].finish_reason == whole.finish_reason
+        ends = [full.index(text) for text in stop]
+        if stop and whole.finish_reason == "stop" and not common["extra_body"]["include_stop_str_in_output"]:
+            assert whole.text == full[: min(ends)] or len(whole.text) <= min(ends)
+
+
+def test_the_example_runs(live: Live):
+    command = [sys.executable, "examples/openai_client.py", f"{live.url}/v1", KEY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout.splitlines()[0]
+    assert "'top_k': 20" in done.stdout
 
 
 def test_many_at_once_with_the_async_client(live: Live):
