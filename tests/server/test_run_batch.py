@@ -25,6 +25,7 @@ from jaxserve.engine.async_engine import EngineDeadError
 from jaxserve.server.batch import Batch, Outcome
 from jaxserve.server.batch_files import open_files, parse_line, raw_lines
 from jaxserve.server.service import Service
+from jaxserve.text import load_tokenizer
 
 
 class Fake(Service):
@@ -265,19 +266,46 @@ def test_command_line_mistakes_are_told_before_the_model_loads(
         assert message in capsys.readouterr().err
 
 
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def engine_options(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, compilation_cache: str) -> dict:
+    """A tiny random Llama with the embedded model's tokenizer: its programs compile in a moment."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    load_tokenizer(smollm2_path).hf.save_pretrained(folder)
+    return {"model": str(folder), "load_format": "dummy", "max_model_len": 256, "max_num_seqs": 4,
+            "num_gpu_blocks_override": 64, "warmup": "none", "compilation_cache_dir": compilation_cache}  # fmt: skip
+
+
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_kill_and_go_on_with_the_same_answers_as_llm(
-    paths: tuple[Path, Path], small_flags: list[str], smollm2_path: Path, capsys: pytest.CaptureFixture[str]
+    paths: tuple[Path, Path], engine_options: dict, capsys: pytest.CaptureFixture[str]
 ):
     """A killed run and a second one answer every request once, greedily as `LLM` does."""
     source, target = paths
     prompts = [f"The number {number} is" for number in range(16)]
-    lines = [request(str(i), prompt=text, max_tokens=6, temperature=0) for i, text in enumerate(prompts)]
-    chat = request("chat", url="/v1/chat/completions", messages=CHAT, max_tokens=6, temperature=0)
+    lines = [request(str(i), prompt=text, max_tokens=12, temperature=0) for i, text in enumerate(prompts)]
+    chat = request("chat", url="/v1/chat/completions", messages=CHAT, max_tokens=12, temperature=0)
     write(source, *lines, "{", request("hot", temperature=9), chat)
-    words = ["run-batch", *small_flags, "-i", str(source), "-o", str(target), "--max-concurrency", "4"]
+    options = [word for name, value in engine_options.items() for word in (f"--{name}", str(value))]
+    words = ["run-batch", *options, "-i", str(source), "-o", str(target), "--max-concurrency", "4"]
     process = subprocess.Popen([sys.executable, "-m", "jaxserve", *words], stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while not target.exists() or target.read_bytes().count(b"\n") < 3:
@@ -299,10 +327,8 @@ def test_kill_and_go_on_with_the_same_answers_as_llm(
     assert len(records(target)) == len(found)
 
     bodies = {line["custom_id"]: line["response"]["body"] for line in found if line["response"] is not None}
-    params = SamplingParams(temperature=0, max_tokens=6)
-    cache = small_flags[-1]
-    llm = LLM(str(smollm2_path), max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, warmup="none",
-              compilation_cache_dir=cache)  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=12)
+    llm = LLM(**engine_options)
     expected = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
     assert [bodies[str(i)]["choices"][0]["text"] for i in range(16)] == expected
     [answer] = llm.chat(CHAT, params, use_tqdm=False)
