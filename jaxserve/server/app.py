@@ -138,8 +138,6 @@ def add_generation(app: FastAPI, service: Service, options: AppOptions) -> None:
             if body.stream:
                 return StreamingResponse(service.stream(job), media_type="text/event-stream", headers=headers)
             return JSONResponse(await unless_gone(request, service.answer(job)), headers=headers)
-        except ExceptionGroup as group:
-            return as_api_error(group.exceptions[0]).response()
         except Exception as error:
             return as_api_error(error).response()
 

@@ -153,8 +153,11 @@ class Service:
         Raises:
             ApiError: the engine could not finish it, or 504 after the time limit.
         """
-        async with asyncio.timeout(self.limits.request_timeout), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._last(request)) for request in job.requests]
+        try:
+            async with asyncio.timeout(self.limits.request_timeout), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._last(request)) for request in job.requests]
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
         outputs, usage = [task.result() for task in tasks], Usage()
         for output in outputs:
             usage.add(output)

@@ -271,6 +271,17 @@ def test_streams_equal_whole_answers_whatever_the_stop_strings(client: openai.Op
             assert whole.text == full[: min(ends)] or len(whole.text) <= min(ends)
 
 
+def test_generated_requests_never_make_the_server_fail(live: Live, tmp_path: Path):
+    """Requests made from the OpenAPI schema, valid and not, by schemathesis."""
+    tool = Path(sys.executable).with_name("schemathesis")
+    command = [tool, "run", f"{live.url}/openapi.json", "-H", f"Authorization: Bearer {KEY}", "--max-examples", "4"]
+    command += ["--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--generation-deterministic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    live.settles()
+
+
 def test_the_example_runs(live: Live):
     command = [sys.executable, "examples/openai_client.py", f"{live.url}/v1", KEY]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
