@@ -1,5 +1,6 @@
 """Everything on the device: weights, state and programs. Plans go in, results come out later."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ class Runner:
         self.programs.close()
         self._tracers.close()
         if self._leaves:
+            with contextlib.suppress(Exception):  # a step in flight: a process that ends beside it would be aborted
+                jax.block_until_ready(self._state)
             for array in jax.tree.leaves(self._state):
                 array.delete()
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from tqdm import tqdm
@@ -227,15 +226,6 @@ def run_batch(
     try:
         concurrency = max_concurrency or 2 * engine.config.max_num_seqs
         batch = Batch(Service(engine, Limits()), files, concurrency, show_progress=show_progress)
-        return asyncio.run(_run_and_settle(batch, engine))
+        return asyncio.run(batch.run())
     finally:
         engine.shutdown()
-
-
-async def _run_and_settle(batch: Batch, engine: AsyncLLMEngine) -> Outcome:
-    """A run, and the end of the device's last step: one that goes on while the interpreter ends would crash it."""
-    try:
-        return await batch.run()
-    finally:
-        with contextlib.suppress(EngineDeadError):
-            await engine.call(lambda _: jax.block_until_ready(jax.live_arrays()))

@@ -24,6 +24,7 @@ from jaxserve.server.answers import (
 )
 from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, TokenizeRequest
+from jaxserve.server.streaming import Job, Opening, StreamWriter, event
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, PromptType, Request, RequestOutput, TokensPrompt
 from jaxserve.version import __version__
@@ -38,27 +39,6 @@ class Limits:
     max_queue_requests: int | None = None
     max_queue_tokens: int | None = None
     request_timeout: float | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One HTTP request on its way: a prompt each in `requests`, whose outputs make the choices."""
-
-    body: Generate
-    answer_id: str
-    model: str
-    requests: list[Request]
-    names: TokenNames
-
-    @property
-    def params(self) -> SamplingParams:
-        """Of all its prompts."""
-        return self.requests[0].params
-
-    @property
-    def top(self) -> int:
-        """Entries of the most likely tokens that are shown."""
-        return self.params.logprobs or 0
 
 
 class Service:
@@ -245,6 +225,19 @@ class Service:
 
     async def outputs(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(prompt number, delta) of all prompts as they come; closing it aborts what runs."""
+        if len(job.requests) > 1:
+            async with contextlib.aclosing(self._merged(job)) as merged:
+                async for item in merged:
+                    yield item
+            return
+        async with (
+            asyncio.timeout(self.limits.request_timeout),
+            contextlib.aclosing(self.engine.run(job.requests[0])) as outputs,
+        ):
+            async for output in outputs:
+                yield 0, output
+
+    async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         merged: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
 
         async def forward(number: int, request: Request) -> None:
@@ -272,7 +265,8 @@ class Service:
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
         """The server-sent events of a job. What goes wrong on the way becomes an event before `[DONE]`."""
-        writer = StreamWriter(self, job)
+        opening = Opening(self.fingerprint, self.role, self.effective(job), self.prompt_text)
+        writer = StreamWriter(job, opening)
         try:
             async with contextlib.aclosing(self.outputs(job)) as outputs:
                 async for number, output in outputs:
@@ -284,79 +278,6 @@ class Service:
         except Exception as error:
             yield event(as_api_error(error).body())
         yield "data: [DONE]\n\n"
-
-
-class StreamWriter:
-    """Chunks of one stream: what was said already decides what comes next."""
-
-    def __init__(self, service: Service, job: Job):
-        options = job.body.stream_options
-        self._service, self._job = service, job
-        self._chat = isinstance(job.body, ChatCompletionRequest)
-        self._begun: set[int] = set()
-        self._offsets: dict[int, int] = {}  # characters of a completion's tokens so far
-        self._usage = Usage()
-        self._every = bool(options and options.continuous_usage_stats)
-        self.final_usage = bool(options and options.include_usage)
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        self._head = head(kind, job.answer_id, job.model, service.fingerprint)
-        self._first_extras = service.effective(job)
-
-    def _chunk(self, choices: list[Json]) -> Json:
-        extras, self._first_extras = self._first_extras, {}
-        usage = {"usage": self._usage.json()} if self._every and self.final_usage else {}
-        return self._head | {"choices": choices} | usage | extras
-
-    def usage_chunk(self) -> Json:
-        """The last chunk of a stream that wants to know its tokens."""
-        return self._head | {"choices": [], "usage": self._usage.json()}
-
-    def chunks(self, number: int, output: RequestOutput) -> list[Json]:
-        """The chunks that a delta of one prompt makes."""
-        self._usage.add(output)
-        found = []
-        for completion in output.outputs:
-            index = number * self._job.params.n + completion.index
-            if index not in self._begun:
-                self._begun.add(index)
-                found += self._opening(index, output)
-            if completion.text or completion.logprobs or completion.finish_reason or self._job.body.return_token_ids:
-                make = self._chat_piece if self._chat else self._completion_piece
-                found.append(self._chunk([make(index, completion)]))
-        return found
-
-    def _opening(self, index: int, output: RequestOutput) -> list[Json]:
-        """What comes before the first piece of a choice: the role, or an echo."""
-        body = self._job.body
-        extras: Json = {"prompt_token_ids": output.prompt_token_ids} if body.return_token_ids else {}
-        if isinstance(body, ChatCompletionRequest):
-            echo = str(body.messages[-1].get("content") or "") if body.echo else ""
-            delta = {"role": self._service.role, "content": echo}
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            return [self._chunk([choice]) | extras]
-        if not getattr(body, "echo", None) and not extras:
-            return []
-        text = self._service.prompt_text(output) if getattr(body, "echo", None) else ""
-        empty = CompletionOutput(index, text, [])
-        return [self._chunk([completion_choice(index, text, empty, None, extras)])]
-
-    def _chat_piece(self, index: int, completion: CompletionOutput) -> Json:
-        job = self._job
-        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, job.top, job.names)
-        piece: Json = {"index": index, "delta": {"content": completion.text}, "logprobs": logprobs}
-        piece["finish_reason"] = completion.finish_reason
-        if completion.finish_reason is not None:
-            piece["stop_reason"] = completion.stop_reason
-        return piece | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
-
-    def _completion_piece(self, index: int, completion: CompletionOutput) -> Json:
-        job = self._job
-        offset = self._offsets.get(index, 0)
-        logprobs = completion_logprobs(completion.token_ids, completion.logprobs, job.top, job.names, offset)
-        if logprobs is not None:
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
-        extras: Json = {"token_ids": completion.token_ids} if job.body.return_token_ids else {}
-        return completion_choice(index, completion.text, completion, logprobs, extras)
 
 
 def check_room(request: Request, max_tokens: int | None, most: int) -> None:
@@ -384,8 +305,3 @@ def check_finished(output: RequestOutput) -> None:
     """Raise `ApiError` 500 if the engine gave a request up."""
     if output.error is not None:
         raise ApiError(500, output.error)
-
-
-def event(content: Json) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,129 @@
+"""A job on its way through the server, and what a stream says of it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.server.answers import (
+    Json,
+    TokenNames,
+    Usage,
+    chat_logprobs,
+    completion_choice,
+    completion_logprobs,
+    head,
+)
+from jaxserve.server.protocol import ChatCompletionRequest, Generate
+from jaxserve.types import CompletionOutput, Request, RequestOutput
+
+COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: a stream has an event a token
+
+
+@dataclass(frozen=True)
+class Job:
+    """One HTTP request on its way: a prompt each in `requests`, whose outputs make the choices."""
+
+    body: Generate
+    answer_id: str
+    model: str
+    requests: list[Request]
+    names: TokenNames
+
+    @property
+    def params(self) -> SamplingParams:
+        """Of all its prompts."""
+        return self.requests[0].params
+
+    @property
+    def top(self) -> int:
+        """Entries of the most likely tokens that are shown."""
+        return self.params.logprobs or 0
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a stream begins with, from the service: its fingerprint, a chat's role, extras, and a prompt's text."""
+
+    fingerprint: str
+    role: str
+    extras: Json
+    prompt_text: Callable[[RequestOutput], str]
+
+
+class StreamWriter:
+    """Chunks of one stream: what was said already decides what comes next."""
+
+    def __init__(self, job: Job, opening: Opening):
+        options = job.body.stream_options
+        self._job, self._start = job, opening
+        self._chat = isinstance(job.body, ChatCompletionRequest)
+        self._begun: set[int] = set()
+        self._offsets: dict[int, int] = {}  # characters of a completion's tokens so far
+        self._usage = Usage()
+        self._every = bool(options and options.continuous_usage_stats)
+        self.final_usage = bool(options and options.include_usage)
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        self._head = head(kind, job.answer_id, job.model, opening.fingerprint)
+        self._first_extras = opening.extras
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        extras, self._first_extras = self._first_extras, {}
+        usage = {"usage": self._usage.json()} if self._every and self.final_usage else {}
+        return self._head | {"choices": choices} | usage | extras
+
+    def usage_chunk(self) -> Json:
+        """The last chunk of a stream that wants to know its tokens."""
+        return self._head | {"choices": [], "usage": self._usage.json()}
+
+    def chunks(self, number: int, output: RequestOutput) -> list[Json]:
+        """The chunks that a delta of one prompt makes."""
+        self._usage.add(output)
+        found = []
+        for completion in output.outputs:
+            index = number * self._job.params.n + completion.index
+            if index not in self._begun:
+                self._begun.add(index)
+                found += self._opening(index, output)
+            if completion.text or completion.logprobs or completion.finish_reason or self._job.body.return_token_ids:
+                make = self._chat_piece if self._chat else self._completion_piece
+                found.append(self._chunk([make(index, completion)]))
+        return found
+
+    def _opening(self, index: int, output: RequestOutput) -> list[Json]:
+        """What comes before the first piece of a choice: the role, or an echo."""
+        body = self._job.body
+        extras: Json = {"prompt_token_ids": output.prompt_token_ids} if body.return_token_ids else {}
+        if isinstance(body, ChatCompletionRequest):
+            echo = str(body.messages[-1].get("content") or "") if body.echo else ""
+            delta = {"role": self._start.role, "content": echo}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            return [self._chunk([choice]) | extras]
+        if not getattr(body, "echo", None) and not extras:
+            return []
+        text = self._start.prompt_text(output) if getattr(body, "echo", None) else ""
+        empty = CompletionOutput(index, text, [])
+        return [self._chunk([completion_choice(index, text, empty, None, extras)])]
+
+    def _chat_piece(self, index: int, completion: CompletionOutput) -> Json:
+        job = self._job
+        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, job.top, job.names)
+        piece: Json = {"index": index, "delta": {"content": completion.text}, "logprobs": logprobs}
+        piece["finish_reason"] = completion.finish_reason
+        if completion.finish_reason is not None:
+            piece["stop_reason"] = completion.stop_reason
+        return piece | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
+
+    def _completion_piece(self, index: int, completion: CompletionOutput) -> Json:
+        job = self._job
+        offset = self._offsets.get(index, 0)
+        logprobs = completion_logprobs(completion.token_ids, completion.logprobs, job.top, job.names, offset)
+        if logprobs is not None:
+            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
+        extras: Json = {"token_ids": completion.token_ids} if job.body.return_token_ids else {}
+        return completion_choice(index, completion.text, completion, logprobs, extras)
+
+
+def event(content: Json) -> str:
+    """A server-sent event."""
+    return f"data: {COMPACT.encode(content)}\n\n"
