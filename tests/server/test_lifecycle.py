@@ -15,7 +15,7 @@ import httpx
 import pytest
 from live import KEY, Live, serve, warm
 
-LONG = {"prompt": "Once upon a time", "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "Once upon a time", "max_tokens": 1800, "ignore_eos": True, "temperature": 0}
 
 
 def in_background(live: Live, body: dict) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -39,10 +39,10 @@ def wait_for(live: Live, running: int) -> None:
             time.sleep(0.02)
 
 
-def test_limits_drain_and_exit(small_flags: list[str]):
+def test_limits_drain_and_exit(quick_flags: list[str]):
     """One server: a full queue, a time limit, strict fields, a large body, then SIGTERM while a request runs."""
     limits = ["--max-queue-requests", "5", "--request-timeout", "120", "--strict-requests", "--max-body-mb", "0.01"]
-    with serve(*small_flags, *limits, "--shutdown-timeout", "30", "--metrics-prefix", "vllm") as live:
+    with serve(*quick_flags, *limits, "--shutdown-timeout", "30", "--metrics-prefix", "vllm") as live:
         warm(live)
         with live.http(None) as http:
             refused = http.post("/v1/completions", json=LONG | {"n": 6, "temperature": 1})
@@ -71,13 +71,13 @@ def test_limits_drain_and_exit(small_flags: list[str]):
             assert http.get("/health").status_code == 200
         thread.join(60)
         assert answers[0].status_code == 200
-        assert answers[0].json()["usage"]["completion_tokens"] == 60
+        assert answers[0].json()["usage"]["completion_tokens"] == LONG["max_tokens"]
         assert live.process.wait(30) == 0
 
 
-def test_a_time_limit_and_an_end_at_once(small_flags: list[str]):
-    with serve(*small_flags, "--request-timeout", "0.4", "--shutdown-timeout", "60") as live:
-        body = LONG | {"max_tokens": 240}
+def test_a_time_limit_and_an_end_at_once(quick_flags: list[str]):
+    with serve(*quick_flags, "--request-timeout", "0.2", "--shutdown-timeout", "60") as live:
+        body = LONG
         with live.http() as http:
             answer = http.post("/v1/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["type"]) == (504, "TimeoutError")
@@ -95,7 +95,7 @@ def test_a_time_limit_and_an_end_at_once(small_flags: list[str]):
         thread.join(10)
 
 
-def test_a_dead_engine_says_why_and_ends_the_server(small_flags: list[str], tmp_path: Path):
+def test_a_dead_engine_says_why_and_ends_the_server(quick_flags: list[str], tmp_path: Path):
     """The engine's step is made to fail in a process that is otherwise `jaxserve serve`."""
     program = tmp_path / "failing.py"
     program.write_text(
@@ -107,7 +107,7 @@ def test_a_dead_engine_says_why_and_ends_the_server(small_flags: list[str], tmp_
         "Runner.launch = launch\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, str(program), "serve", "--port", "0", *small_flags]
+    command = [sys.executable, str(program), "serve", "--port", "0", *quick_flags]
     with serve(command=command) as live, live.http() as http:
         answer = http.post("/v1/completions", json=LONG)
         assert answer.status_code == 500
@@ -164,9 +164,9 @@ def test_keys_from_files_and_the_environment(tmp_path: Path):
         read_keys([" "], [])
 
 
-def test_a_unix_socket(small_flags: list[str], tmp_path: Path):
+def test_a_unix_socket(quick_flags: list[str], tmp_path: Path):
     place = tmp_path / "socket"
-    with serve(*small_flags, "--uds", str(place), "--api-key", KEY) as live:
+    with serve(*quick_flags, "--uds", str(place), "--api-key", KEY) as live:
         assert live.url == f"unix:{place}"
         transport = httpx.HTTPTransport(uds=str(place))
         with httpx.Client(transport=transport, base_url="http://localhost") as http:
