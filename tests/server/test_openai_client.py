@@ -254,7 +254,14 @@ def test_abort_by_id(live: Live):
     assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "abort"
 
 
-@pytest.mark.parametrize("prompt", ["Les élèves mangèrent à", "数字：一、二、", "🙂🙃🙂🙃 and"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "数字：一、二、",
+        pytest.param("Les élèves mangèrent à", marks=pytest.mark.slow),
+        pytest.param("🙂🙃🙂🙃 and", marks=pytest.mark.slow),
+    ],
+)
 def test_streams_equal_whole_answers_whatever_the_stop_strings(client: openai.OpenAI, prompt: str):
     rng, options = random.Random(prompt), {"model": "tiny", "prompt": prompt, "max_tokens": 14, "temperature": 1.0}
     full = client.completions.create(seed=1, **options).choices[0].text
@@ -271,6 +278,7 @@ def test_streams_equal_whole_answers_whatever_the_stop_strings(client: openai.Op
             assert whole.text == full[: min(ends)] or len(whole.text) <= min(ends)
 
 
+@pytest.mark.slow
 def test_generated_requests_never_make_the_server_fail(live: Live, tmp_path: Path):
     """Requests made from the OpenAPI schema, valid and not, by schemathesis."""
     tool = Path(sys.executable).with_name("schemathesis")
