@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 something failed, 2 the command line was wrong, 130 interr
 
 import argparse
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 
 from jaxserve.checks import ParameterError, suggest
 from jaxserve.cli.flags import Parser, UsageError, dashes
+from jaxserve.version import __version__
 
 # Words of the command -> module of this package, and its line in the overview.
 COMMANDS = {
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["--version"]:
-        print(f"jaxserve {importlib.metadata.version('jaxserve')}")
+        print(f"jaxserve {__version__}")
         return 0
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview(), end="")

@@ -25,6 +25,7 @@ from jaxserve.server.protocol import (
     DetokenizeRequest,
     Generate,
     TokenizeRequest,
+    check_unicode,
 )
 from jaxserve.server.service import Service
 from jaxserve.version import __version__
@@ -88,17 +89,16 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def check_text(request: Request) -> None:
-    """Refuse bodies with halves of surrogate pairs: no encoding can write them, wherever they would turn up."""
+    """Refuse bodies that are not declared as JSON, or hold halves of surrogate pairs."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "the header Content-Type must be application/json")
     body = await request.body()
     if b"\\ud" in body or b"\\uD" in body:
         try:
-            json.dumps(json.loads(body), ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ApiError(400, "the body holds half of a surrogate pair, which is no valid Unicode") from error
+            parsed = json.loads(body)
         except (ValueError, RecursionError):
             return  # reported as what it is by the parser
+        check_unicode(parsed)
 
 
 async def unless_gone[Result](request: Request, work: Awaitable[Result]) -> Result:

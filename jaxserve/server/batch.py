@@ -6,7 +6,6 @@ are there, cuts off what a killed run left half-written, and does the rest.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -15,7 +14,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -27,7 +25,7 @@ from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
 from jaxserve.server.answers import Json
 from jaxserve.server.batch_files import BatchFiles, Line, pending
 from jaxserve.server.errors import ApiError, as_api_error
-from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate
+from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, check_unicode
 from jaxserve.server.service import Limits, Service
 
 logger = logging.getLogger(__name__)
@@ -190,7 +188,7 @@ def read_request(request: Json) -> Generate:
         raise ApiError(405, f'method must be "POST", got {shorten(method)}.', param="method")
     if not isinstance(body, dict):
         raise ApiError(400, f"body must be a JSON object, got {type(body).__name__}.", param="body")
-    check_text(body)
+    check_unicode(body)
     try:
         found = kind.model_validate(body)
     except ValidationError as error:
@@ -198,14 +196,6 @@ def read_request(request: Json) -> Generate:
     if found.stream:
         raise ApiError(400, "a batch does not stream; leave stream out.", param="stream")
     return found
-
-
-def check_text(body: Any) -> None:
-    """Refuse halves of surrogate pairs, as the server does; raises `ApiError` 400."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ApiError(400, "the body holds half of a surrogate pair, which is no valid Unicode") from error
 
 
 def run_batch(

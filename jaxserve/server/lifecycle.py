@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +117,6 @@ class Lifecycle:
             ssl_certfile=options.ssl_certfile,
             ssl_ca_certs=options.ssl_ca_certs,
             timeout_graceful_shutdown=1,
-            loop="uvloop" if sys.platform != "win32" else "auto",
         )
         self._server = Server(config, self._say_ready)
         self._failure: BaseException | None = None

@@ -3,6 +3,7 @@
 Unknown fields are kept, so that they can be named or refused. Fields that are None count as not given.
 """
 
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -219,12 +220,25 @@ class ChatCompletionRequest(Generate):
         """Arguments of `Tokenizer.render_chat`."""
         going_on = bool(self.continue_final_message)
         opening = not going_on if self.add_generation_prompt is None else self.add_generation_prompt
-        own = {"add_generation_prompt": opening, "continue_final_message": going_on}
-        clash = (self.chat_template_kwargs or {}).keys() & {*own, "messages", "tools", "chat_template"}
-        if clash:
-            message = f"chat_template_kwargs may not hold {sorted(clash)[0]!r}; it is a field of its own."
-            raise ParameterError(message, parameter="chat_template_kwargs")
-        return (self.chat_template_kwargs or {}) | own
+        return template_options(self.chat_template_kwargs, opening, going_on)
+
+
+def template_options(kwargs: dict[str, Any] | None, opening: bool, going_on: bool) -> dict[str, Any]:
+    """Arguments of `Tokenizer.render_chat` with a request's own variables, which must not choose a template file."""
+    own = {"add_generation_prompt": opening, "continue_final_message": going_on}
+    clash = (kwargs or {}).keys() & {*own, "messages", "tools", "chat_template"}
+    if clash:
+        message = f"chat_template_kwargs may not hold {sorted(clash)[0]!r}."
+        raise ParameterError(message, parameter="chat_template_kwargs")
+    return (kwargs or {}) | own
+
+
+def check_unicode(body: Any) -> None:
+    """Refuse halves of surrogate pairs in a JSON value: no encoding can write them, wherever they would turn up."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError("the body holds half of a surrogate pair, which is no valid Unicode.") from error
 
 
 class TokenizeRequest(BaseModel):
@@ -240,6 +254,10 @@ class TokenizeRequest(BaseModel):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
+
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of `Tokenizer.render_chat`."""
+        return template_options(self.chat_template_kwargs, self.add_generation_prompt, self.continue_final_message)
 
 
 class DetokenizeRequest(BaseModel):

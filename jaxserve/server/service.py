@@ -212,8 +212,7 @@ class Service:
         if body.messages is None:
             special = True if body.add_special_tokens is None else body.add_special_tokens
             return tokenizer.encode(body.prompt or "", add_special_tokens=special)
-        options = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
-        text = tokenizer.render_chat(body.messages, continue_final_message=body.continue_final_message, **options)
+        text = tokenizer.render_chat(body.messages, **body.template_options())
         return tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
     async def abort(self, answer_id: str) -> bool:
