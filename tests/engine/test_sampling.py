@@ -32,6 +32,8 @@ from jaxserve.sampling import sample, score
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.types import LogitEdits, Request, Sequence, Work
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time of these tests
+quick_sample, quick_draw = (jax.jit(function, compiler_options=QUICK) for function in (sample, draw_only))
 VOCAB, PAGE, PAGES, SLOTS = 13, 4, 40, 8
 LIMITS = Limits(SLOTS, pages_per_seq=8, page_size=PAGE, num_pages=PAGES, max_logprobs=4)
 
@@ -140,7 +142,7 @@ def test_processed_logits_give_the_described_distribution(pending: bool) -> None
         batch = unpack(jnp.asarray(pack(work, bucket, LIMITS, table, step_edits(work))), bucket, LIMITS)
         last = np.zeros(SLOTS, np.int32)
         last[: len(sequences)] = OUTPUT[-1]
-        token, processed = sample(
+        token, processed = quick_sample(
             jnp.asarray(logits), batch.sampling, batch.edits, jnp.asarray(last), jnp.asarray(tokens), batch.chunks
         )
         for row, sequence in enumerate(sequences):
@@ -187,8 +189,8 @@ def test_level_draw_gives_what_level_sample_gives() -> None:
 
     full, alone = batch(Level.SAMPLE), batch(Level.DRAW)
     assert alone.edits is None
-    expected = sample(logits, full.sampling, full.edits, last, jnp.asarray(tokens), full.chunks)
-    for mine, theirs in zip(draw_only(logits, alone.sampling, alone.chunks.kv_lens), expected, strict=True):
+    expected = quick_sample(logits, full.sampling, full.edits, last, jnp.asarray(tokens), full.chunks)
+    for mine, theirs in zip(quick_draw(logits, alone.sampling, alone.chunks.kv_lens), expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
@@ -219,15 +221,19 @@ def draw(logits: np.ndarray, rows: SamplingRows, position: int) -> np.ndarray:
     )  # fmt: skip
     empty = jnp.zeros(0, jnp.int32)
     edits = Edits(empty, empty, empty, jnp.zeros(0))
-    token, _ = sample(jnp.asarray(logits), rows, edits, jnp.zeros(s, jnp.int32), jnp.zeros((1, 4), jnp.int32), chunks)
+    last, pages = jnp.zeros(s, jnp.int32), jnp.zeros((1, 4), jnp.int32)
+    token, _ = quick_sample(jnp.asarray(logits), rows, edits, last, pages, chunks)
     return np.asarray(token)
 
 
 def test_draws_follow_the_distribution() -> None:
-    count = 20_000
+    """Over seeds and positions."""
+    seeds, positions = 2000, 10
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
-    rows = rows_of(np.random.default_rng(5).integers(-(2**63), 2**63, count))
-    frequency = np.bincount(draw(np.tile(logits, (count, 1)), rows, 7), minlength=5) / count
+    rows = rows_of(np.random.default_rng(5).integers(-(2**63), 2**63, seeds))
+    tokens = [draw(np.tile(logits, (seeds, 1)), rows, position) for position in range(positions)]
+    count = seeds * positions
+    frequency = np.bincount(np.concatenate(tokens), minlength=5) / count
     # four standard deviations of a binomial share
     np.testing.assert_array_less(np.abs(frequency - np.exp(logits)), 4 * np.sqrt(np.exp(logits) / count))
 
