@@ -77,6 +77,14 @@ class CompletionOutput:
         """Whether nothing more will be generated for this continuation."""
         return self.finish_reason is not None
 
+    def followed_by(self, later: "CompletionOutput") -> "CompletionOutput":
+        """Two deltas of one continuation as one; both may be used up by it."""
+        later.text = self.text + later.text
+        later.token_ids = self.token_ids + later.token_ids
+        if self.logprobs is not None:
+            later.logprobs = self.logprobs + (later.logprobs or [])
+        return later
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -99,6 +107,17 @@ class RequestOutput:
         completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
         shown = text if isinstance(text, str) else None
         return cls(request_id, shown, [], [completion], finished=True, error=error)
+
+    def followed_by(self, later: "RequestOutput") -> "RequestOutput":
+        """Two deltas of one request as one; both may be used up by it."""
+        completions = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            before = completions.get(completion.index)
+            completions[completion.index] = completion if before is None else before.followed_by(completion)
+        later.outputs = list(completions.values())
+        if later.prompt_logprobs is None:
+            later.prompt_logprobs = self.prompt_logprobs
+        return later
 
 
 @dataclass(frozen=True, slots=True)

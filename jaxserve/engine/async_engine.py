@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import queue
 import threading
@@ -14,7 +15,7 @@ from typing import Any, no_type_check
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.metrics import Metric
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
 
@@ -127,6 +128,8 @@ class AsyncLLMEngine:
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of a request that `make_request` made; closing the generator aborts it.
 
+        Deltas that came while the caller was busy are yielded as one, so a crowd of slow callers is no brake.
+
         Raises:
             ValueError: the request's id is in use.
             EngineDeadError: the engine has failed; the cause is attached.
@@ -138,16 +141,18 @@ class AsyncLLMEngine:
                 raise ValueError(f"request_id {key!r} is in use by an unfinished request; choose another.")
             self._active.add(key)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        deltas = request.params.output_kind == RequestOutputKind.DELTA
         self._commands.put(_Add(request, stream))
         finished = False
         try:
             while not finished:
-                item = await stream.outputs.get()
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
+                items = await _all_of(stream.outputs)
+                for item in _joined(items) if deltas else items:
+                    if isinstance(item, BaseException):
+                        finished = True
+                        raise item
+                    finished = item.finished
+                    yield item
         finally:
             if not finished:
                 self._commands.put(_Abort(key))
@@ -281,6 +286,21 @@ class AsyncLLMEngine:
                     command.future.set_exception(dead)
         self._send({stream: [dead] for stream in self._streams.values()})
         self._streams.clear()
+
+
+async def _all_of(outputs: asyncio.Queue) -> list[Any]:
+    """What is in the queue, at least one item."""
+    items = [await outputs.get()]
+    while not outputs.empty():
+        items.append(outputs.get_nowait())
+    return items
+
+
+def _joined(items: list[RequestOutput | BaseException]) -> list[RequestOutput | BaseException]:
+    """The deltas as one, and an error behind them."""
+    deltas = [item for item in items if isinstance(item, RequestOutput)]
+    whole = [functools.reduce(RequestOutput.followed_by, deltas)] if deltas else []
+    return whole + [item for item in items if not isinstance(item, RequestOutput)]
 
 
 def _put_all(deliveries: list[tuple[asyncio.Queue, list[Any]]]) -> None:
