@@ -22,6 +22,7 @@ from jaxserve.version import __version__
 # Words of the command -> module of this package, and its line in the overview.
 COMMANDS = {
     "serve": ("serve", "answer HTTP requests as OpenAI's API does"),
+    "router": ("router", "one endpoint in front of several servers"),
     "run-batch": ("run_batch", "answer the requests of a file in OpenAI's batch format"),
     "generate": ("generate", "continue prompts given as arguments, on standard input or in a JSONL file"),
     "chat": ("chat", "talk to a model in the terminal"),
@@ -88,13 +89,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         word = unknown[0].partition("=")[0]
         kind = "option" if word.startswith("-") else "argument"
         raise UsageError(f"unknown {kind} {word!r}.{suggest(word, known)} See jaxserve {name} --help.")
-    args.run = module.run
+    args.run, args.words = module.run, rest
     return args
 
 
 def from_environment(*names: str) -> list[str]:
     """The value of the first of these variables that is set, if any is."""
     return [os.environ[name] for name in names if os.environ.get(name)][:1]
+
+
+def environment() -> dict[str, str]:
+    """A copy of all variables, for processes that are started from here."""
+    return dict(os.environ)
 
 
 def set_up_output(verbose: bool) -> None:

@@ -2,9 +2,15 @@
 
 import argparse
 import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxserve.cli import flags, from_environment
+from jaxserve.cli import environment, flags, from_environment
 from jaxserve.config.options import parse_count
 
 DESCRIPTION = """Serve a model over HTTP: OpenAI's completions and chats, with vLLM's additional fields.
@@ -12,6 +18,10 @@ DESCRIPTION = """Serve a model over HTTP: OpenAI's completions and chats, with v
 Keys are also read from JAXSERVE_API_KEY and JAXSERVE_ADMIN_API_KEY (or VLLM_API_KEY)."""
 
 MIB = 1 << 20
+DEVICES = "CUDA_VISIBLE_DEVICES"
+KEY_NAMES = ("JAXSERVE_API_KEY", "VLLM_API_KEY")
+ROUTER_OPTIONS = ("--host", "--port", "--uds", "--root-path", "--replicas", "--shutdown-timeout", "--ssl-keyfile",
+                  "--ssl-certfile", "--ssl-ca-certs")  # fmt: skip
 SERVER_NAMES = ("shutdown_timeout",)  # which vLLM counts among the engine's
 
 
@@ -27,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--response-role", default="assistant", metavar="ROLE", help="of chats (default: assistant)")
     server.add_argument("--disable-fastapi-docs", action="store_true", help="no pages about the routes")
     server.add_argument("--profile-dir", metavar="PATH", help="where /start_profile writes traces")
+    server.add_argument("--replicas", type=flags.reader(parse_count), default=1, metavar="N",
+                        help="processes with a copy of the model each, behind one endpoint (default: 1)")  # fmt: skip
+    server.add_argument("--exit-with-stdin", action="store_true", help=argparse.SUPPRESS)
     access = parser.add_argument_group("access")
     access.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
     access.add_argument("--api-key-file", action="append", default=[], metavar="PATH", help="with one key on each line")
@@ -64,14 +77,80 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("pallas_kernels").setLevel(logging.INFO)
     if args.request_timeout is not None and args.request_timeout <= 0:
         raise flags.UsageError(f"--request-timeout must be above 0 seconds, got {args.request_timeout:g}")
+    if args.replicas < 1:
+        raise flags.UsageError(f"--replicas must be at least 1, got {args.replicas}")
     if not 0 <= args.port < 65536:
         raise flags.UsageError(f"--port must be in [0, 65535], got {args.port}")
     if args.model_tag is not None:
         setattr(args, flags.ENGINE + "model", args.model_tag)
     options, engine = _options(args), flags.engine_args(args)
+    if args.replicas > 1:
+        return _route(args, options)
+    if args.exit_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     from jaxserve.server.lifecycle import serve
 
     return serve(engine, options)
+
+
+def _end_with_stdin() -> None:
+    """End this process as SIGTERM does when whoever holds the other end of its standard input is gone."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _route(args: argparse.Namespace, options: Any) -> int:
+    """Start the replicas, each with the same options on a port of its own, and route to them."""
+    from jaxserve.server.lifecycle import read_keys
+    from jaxserve.server.router_children import Command
+    from jaxserve.server.router_lifecycle import Replicas, route
+
+    own = ("--host", "127.0.0.1", "--port", "0", "--disable-access-log", "--exit-with-stdin")
+    words = [sys.executable, "-m", "jaxserve", "serve", *own, *replica_words(args.words)]
+    variables = environment()
+    shares = split_devices(cuda_devices(variables), args.replicas)
+    commands = [Command(words, variables | ({DEVICES: share} if share else {})) for share in shares]
+    keys = read_keys(args.api_key, args.api_key_file) + from_environment(*KEY_NAMES)
+    return route(Replicas(commands=commands, key=next(iter(keys), None)), options)
+
+
+def replica_words(words: Sequence[str]) -> list[str]:
+    """The command line without what is the router's alone; each of these options has a value."""
+    found, rest = [], iter(flags.dashes(words))
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in ROUTER_OPTIONS:
+            found.append(word)
+        elif not equals:
+            next(rest, None)
+    return found
+
+
+def cuda_devices(variables: Mapping[str, str]) -> list[str]:
+    """Names of the NVIDIA GPUs that a process with these variables may use, none where jax is told not to."""
+    platforms = variables.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"}.intersection(platforms.split(",")):
+        return []
+    visible = variables.get(DEVICES)
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(index) for index in range(sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")))]
+
+
+def split_devices(devices: Sequence[str], replicas: int) -> list[str]:
+    """Each replica's share of the devices, as CUDA_VISIBLE_DEVICES wants it; "" for each if there are none.
+
+    Raises:
+        UsageError: the shares would not be equal.
+    """
+    if len(devices) % replicas:
+        shown = ", ".join(devices)
+        raise flags.UsageError(
+            f"--replicas {replicas} cannot share {len(devices)} GPUs evenly ({shown}); change it, or {DEVICES}"
+        )
+    each = len(devices) // replicas
+    return [",".join(devices[i * each : (i + 1) * each]) for i in range(replicas)]
 
 
 def _options(args: argparse.Namespace) -> Any:
@@ -80,7 +159,7 @@ def _options(args: argparse.Namespace) -> Any:
     from jaxserve.server.middleware import Keys
     from jaxserve.server.service import Limits
 
-    environment = from_environment("JAXSERVE_API_KEY", "VLLM_API_KEY")
+    environment = from_environment(*KEY_NAMES)
     admin = from_environment("JAXSERVE_ADMIN_API_KEY")
     app = AppOptions(
         keys=Keys(read_keys(args.api_key, args.api_key_file) + environment),
