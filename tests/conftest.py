@@ -1,6 +1,7 @@
 """Shared set-up: eight fake CPU devices, a compilation cache for the whole run, and the embedded model."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +18,14 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = shared / "programs"
     folder.mkdir(exist_ok=True)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs are made in half the time and run slower: for modules whose tests are about what happens around them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

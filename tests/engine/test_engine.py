@@ -13,6 +13,7 @@ from jaxserve import LLM, AsyncLLMEngine, EngineArgs, EngineDeadError, LLMEngine
 from jaxserve.engine.metrics import Counter, Histogram, Metric
 from jaxserve.types import RequestOutput
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [np.random.default_rng(n).integers(1, 90, 3 + 5 * n).tolist() for n in range(8)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
 RANDOM = SamplingParams(temperature=0.9, top_p=0.9, top_k=20, seed=5, max_tokens=12, ignore_eos=True, detokenize=False)
@@ -20,15 +21,23 @@ RANDOM = SamplingParams(temperature=0.9, top_p=0.9, top_k=20, seed=5, max_tokens
 
 def build(model: Path, cache: str, **options: object) -> LLM:
     defaults = {
-        "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 96, "max_num_seqs": 8,
+        "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 96, "max_num_seqs": 4,
         "max_num_batched_tokens": 64, "block_size": 4, "compilation_cache_dir": cache, "warmup": "none",
     }  # fmt: skip
     return LLM(str(model), **(defaults | options))
 
 
+# Compiling is most of the time of these tests: engines that share their sizes share their programs.
+CRAMPED = {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 26}  # chunks; too few pages for four: preemption
+
+
 @pytest.fixture(scope="module")
-def llm(tiny_model: Path, compilation_cache: str) -> LLM:
-    return build(tiny_model, compilation_cache)
+def llm(quick_compilation: None, tiny_model: Path, compilation_cache: str) -> LLM:
+    """Its first requests make the programs that cover what follows: greedy ones, then those for the rest."""
+    llm = build(tiny_model, compilation_cache)
+    for params in (GREEDY, dataclasses.replace(RANDOM, prompt_logprobs=1)):
+        llm.generate(PROMPTS[3:7], params, use_tqdm=False)
+    return llm
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
@@ -61,24 +70,23 @@ def test_batched_equals_alone_in_any_order(llm: LLM, alone: dict[str, list], nam
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_batched_tokens": 8},
-        {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 5, "max_num_seqs": 3},
-        {"enable_prefix_caching": False, "max_num_seqs": 2},
-        {"num_gpu_blocks_override": 26},  # too few pages for all: preemption
-        {"scheduling_policy": "priority", "num_gpu_blocks_override": 26},
+        {},
+        {"long_prefill_token_threshold": 5},
+        {"enable_prefix_caching": False},
+        {"scheduling_policy": "priority"},
         {"decode_steps": 5},
-        {"decode_steps": 4, "num_gpu_blocks_override": 26},
+        {"max_num_seqs": 2, "num_gpu_blocks_override": None, "decode_steps": 4},
     ],
-    ids=["chunks", "threshold", "few_slots", "preemption", "priority_preemption", "steps", "steps_preemption"],
+    ids=["chunks_preemption", "threshold", "no_sharing", "priority", "steps_preemption", "few_slots_steps"],
 )
 def test_scheduling_does_not_change_results(
     tiny_model: Path, compilation_cache: str, alone: dict[str, list], options: dict
 ) -> None:
-    llm = build(tiny_model, compilation_cache, **options)
+    llm = build(tiny_model, compilation_cache, **(CRAMPED | options))
     mixed = [dataclasses.replace(RANDOM) if i % 2 else GREEDY for i in range(len(PROMPTS))]
     expected = [alone["random" if i % 2 else "greedy"][i] for i in range(len(PROMPTS))]
     assert tokens(llm.generate(PROMPTS, mixed, use_tqdm=False)) == expected
-    if "num_gpu_blocks_override" in options:
+    if "num_gpu_blocks_override" not in options:
         assert count(llm.get_metrics(), "num_preemptions") > 0
     llm.llm_engine.scheduler.check_integrity()
     assert llm.reset_prefix_cache()
@@ -131,22 +139,25 @@ def test_logprobs_are_consistent(llm: LLM) -> None:
     np.testing.assert_allclose(again[-12:], chosen, atol=1e-4)
 
 
-def test_whole_vocabulary_logprobs(tiny_model: Path, compilation_cache: str) -> None:
-    llm = build(tiny_model, compilation_cache, max_logprobs=-1)
+@pytest.fixture(scope="module")
+def processed(tiny_model: Path, compilation_cache: str) -> LLM:
+    return build(tiny_model, compilation_cache, max_logprobs=-1, logprobs_mode="processed_logprobs")
+
+
+def test_whole_vocabulary_logprobs(processed: LLM) -> None:
     params = SamplingParams(max_tokens=2, logprobs=-1, temperature=0.0, ignore_eos=True, detokenize=False)
-    for entry in llm.generate([PROMPTS[1]], params, use_tqdm=False)[0].outputs[0].logprobs or []:
+    entries = processed.generate([PROMPTS[1]], params, use_tqdm=False)[0].outputs[0].logprobs or []
+    assert len(entries) == 2
+    for entry in entries:
         assert set(entry) == set(range(96))
         assert np.exp([logprob.logprob for logprob in entry.values()]).sum() == pytest.approx(1, abs=1e-4)
-    llm.close()
 
 
-def test_processed_logprobs_show_the_mask(tiny_model: Path, compilation_cache: str) -> None:
-    llm = build(tiny_model, compilation_cache, logprobs_mode="processed_logprobs")
+def test_processed_logprobs_show_the_mask(processed: LLM) -> None:
     params = dataclasses.replace(RANDOM, logprobs=2, allowed_token_ids=[7], temperature=0.5)
-    completion = llm.generate([PROMPTS[1]], params, use_tqdm=False)[0].outputs[0]
+    completion = processed.generate([PROMPTS[1]], params, use_tqdm=False)[0].outputs[0]
     assert completion.token_ids == [7] * 12
     assert completion.cumulative_logprob == pytest.approx(0.0, abs=1e-5)
-    llm.close()
 
 
 def test_constraints_hold_over_a_whole_generation(llm: LLM) -> None:
@@ -223,7 +234,7 @@ def test_too_little_memory_names_the_numbers(tiny_model: Path, compilation_cache
 
 
 def test_full_warmup_leaves_nothing_to_compile(tiny_model: Path, compilation_cache: str) -> None:
-    llm = build(tiny_model, compilation_cache, warmup="full", max_num_seqs=2, max_num_batched_tokens=32)
+    llm = build(tiny_model, compilation_cache, warmup="full", max_num_seqs=2, max_num_batched_tokens=16)
     compiled = count(llm.get_metrics(), "compilations")
     llm.generate(PROMPTS, [GREEDY, RANDOM] * 4, use_tqdm=False)
     llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
@@ -242,8 +253,8 @@ def test_each_choice_of_a_kernel_is_logged_once(
         choices.removeFilter(one)
     jax.clear_caches()
     with caplog.at_level(logging.INFO, "pallas_kernels.dispatch"):
-        llm = build(tiny_model, compilation_cache)
-        for prompts in (PROMPTS[:1], PROMPTS[:3]):
+        llm = build(tiny_model, compilation_cache, **CRAMPED)
+        for prompts in (PROMPTS[3:7], PROMPTS[:1]):
             llm.generate(prompts, RANDOM, use_tqdm=False)
     assert len(caplog.messages) == len(set(caplog.messages))
     assert {message.partition(":")[0] for message in caplog.messages} >= {"paged_attention"}
@@ -252,9 +263,9 @@ def test_each_choice_of_a_kernel_is_logged_once(
 
 def test_without_statistics_none_are_collected(tiny_model: Path, compilation_cache: str, alone: dict) -> None:
     llm = build(tiny_model, compilation_cache, disable_log_stats=True)
-    outputs = llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
-    assert tokens(outputs) == alone["greedy"][:2]
-    assert [output.metrics for output in outputs] == [None, None]
+    outputs = llm.generate(PROMPTS[3:7], GREEDY, use_tqdm=False)
+    assert tokens(outputs) == alone["greedy"][3:7]
+    assert [output.metrics for output in outputs] == [None] * 4
     assert llm.llm_engine._metrics is None
     with pytest.raises(ValueError, match="disable_log_stats"):
         llm.get_metrics()
@@ -284,7 +295,7 @@ def test_statistics_of_a_request(llm: LLM) -> None:
 def test_a_lazy_warmup_serves_with_few_programs_and_makes_nobody_wait(
     tiny_model: Path, compilation_cache: str, alone: dict[str, list]
 ) -> None:
-    llm = build(tiny_model, compilation_cache, warmup="lazy", use_tqdm_on_load=False)
+    llm = build(tiny_model, compilation_cache, warmup="lazy", max_num_seqs=2, max_num_batched_tokens=16)
     assert count(llm.get_metrics(), "compilations") >= 2  # the others follow beside the requests
     mixed = [RANDOM if i % 2 else GREEDY for i in range(len(PROMPTS))]
     expected = [alone["random" if i % 2 else "greedy"][i] for i in range(len(PROMPTS))]
@@ -325,7 +336,7 @@ def test_async_generation_cancellation_and_shutdown(
     tiny_model: Path, compilation_cache: str, alone: dict[str, list]
 ) -> None:
     args = EngineArgs(
-        str(tiny_model), load_format="dummy", skip_tokenizer_init=True, max_model_len=96, max_num_seqs=8,
+        str(tiny_model), load_format="dummy", skip_tokenizer_init=True, max_model_len=96, max_num_seqs=4,
         max_num_batched_tokens=64, block_size=4, compilation_cache_dir=compilation_cache, warmup="none",
     )  # fmt: skip
     engine = AsyncLLMEngine.from_engine_args(args)
