@@ -41,7 +41,7 @@ class Command:
 
     rank: int
     argv: tuple[str, ...]
-    environ: Mapping[str, str]
+    variables: Mapping[str, str]
 
 
 @dataclass(eq=False)
@@ -247,7 +247,7 @@ class _Launcher:
 def _spawn(command: Command) -> subprocess.Popen:
     return subprocess.Popen(
         command.argv,
-        env=command.environ,
+        env=command.variables,
         stdin=_stdin(command.rank),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
