@@ -101,15 +101,17 @@ class Child:
 
     def _read(self, line: str) -> None:
         """Pass a line of its log on."""
+        found = READY.fullmatch(line)
+        if found and not self._since:  # once only: later lines may repeat what clients wrote
+            logger.info("replica %d listens at %s", self.replica.index, found[1])
+            self._since = asyncio.get_running_loop().time()
+            self.ready.set()
+            self._fleet.moved(self.replica, found[1], "it is starting")
+            return
         level, colon, text = line.partition(": ")
         known = bool(colon) and level in (*LEVELS, "INFO")
         logger.log(LEVELS.get(level, logging.INFO), "replica %d: %s", self.replica.index, text if known else line)
         self._lines.append(line)
-        found = READY.fullmatch(line)
-        if found and not self._since:  # once only: later lines may repeat what clients wrote
-            self._since = asyncio.get_running_loop().time()
-            self.ready.set()
-            self._fleet.moved(self.replica, found[1], "it is starting")
 
     def signal(self, number: int) -> bool:
         """Send a signal, and start no other process; False if there is none now."""
