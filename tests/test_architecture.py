@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.checks",),
     ("jaxserve.sampling_params",),
     ("jaxserve.types",),
+    ("jaxserve.distributed",),
     ("jaxserve.config",),
     ("jaxserve.quant",),
     ("jaxserve.kv_cache",),
