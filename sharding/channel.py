@@ -5,6 +5,7 @@ noticed at once when its process ends and after seconds when its machine does. A
 must know come through a `Store`, which jax's coordination service is.
 """
 
+import contextlib
 import hmac
 import secrets
 import select
@@ -153,6 +154,12 @@ class Leader:
             self._take(left)
         return {rank: decode(box.popleft()) for rank, box in sorted(self._inbox.items())}
 
+    def fail(self, message: str) -> None:
+        """Tell the followers, whose next call then raises it, why this rank ends."""
+        for connection in self._peers.values():
+            with contextlib.suppress(ChannelError, TimeoutError):  # those that are gone need no reason
+                connection.send(FAILURE, message.encode(), 1.0)
+
     def close(self) -> None:
         """Tell the followers that nothing more comes."""
         for connection in self._peers.values():
@@ -265,10 +272,12 @@ def accept_all(server: socket.socket, size: int, token: bytes, timeout: float) -
             server.settimeout(max(0.001, deadline - time.monotonic()))
             sock, _ = server.accept()
         except TimeoutError as error:
-            for connection in found.values():
-                connection.close()
             missing = ", ".join(str(rank) for rank in range(1, size) if rank not in found)
-            raise TimeoutError(f"rank {missing} did not connect to rank 0 in {timeout:g} s; see its log") from error
+            message = f"rank {missing} did not connect to rank 0 in {timeout:g} s; see its log"
+            waiting = Leader(found.values(), 1.0)
+            waiting.fail(message)
+            waiting.close()
+            raise TimeoutError(message) from error
         rank = _admit(sock, size, token)
         if rank is None:
             sock.close()
