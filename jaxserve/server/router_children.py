@@ -65,8 +65,8 @@ class Child:
             loop = asyncio.get_running_loop()
             steady = self._since and loop.time() - self._since >= STEADY_SECONDS
             deaths = 1 if steady else deaths + 1
+            self._fleet.moved(self.replica, "", f"its process ended with {code}")  # clients read this
             problem = f"its process ended with {code}: {' | '.join(self._lines) or 'it said nothing'}"
-            self._fleet.moved(self.replica, "", problem)
             if not self.ready.is_set():
                 raise ChildrenError(f"replica {self.replica.index} did not start; {problem}")
             if deaths > RESTARTS:

@@ -126,11 +126,11 @@ class Fleet:
         if problem == replica.problem:
             return
         if problem and replica.healthy:
-            logger.warning("replica %d (%s) is out: %s", replica.index, replica.name, problem)
+            logger.warning("replica %d is out: %s", replica.index, problem)
             self.affinity.forget(replica.index)  # most problems end with a new process
             replica.foreign = replica.waiting = 0
         elif not problem:
-            logger.info("replica %d (%s) takes requests", replica.index, replica.name)
+            logger.info("replica %d at %s takes requests", replica.index, replica.url)
         replica.problem = problem
 
     async def check(self, replica: Replica) -> None:
