@@ -54,5 +54,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> 
 @pytest.fixture
 def small(tiny_model: Path, compilation_cache: str) -> list[str]:
     """Flags of an engine that starts fast."""
-    sizes = ["--max-model-len", "256", "--max-num-seqs", "4", "--num-gpu-blocks-override", "64"]
+    lengths = ["--max-model-len", "256", "--max-num-batched-tokens", "64"]
+    sizes = [*lengths, "--max-num-seqs", "4", "--num-gpu-blocks-override", "64"]
     return ["--model", str(tiny_model), *sizes, "--compilation-cache-dir", compilation_cache]

@@ -13,6 +13,8 @@ from jaxserve.bench.offline import quantile
 from jaxserve.bench.workload import Workload
 from jaxserve.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @given(length=st.integers(1, 300), ratio=st.floats(0, 0.99), seed=st.integers(0, 9))
 def test_lengths_stay_within_the_ratio(length: int, ratio: float, seed: int):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def run(tiny_model: Path, compilation_cache: str, monkeypatch: pytest.MonkeyPatch):
     """Run an example as a program; the model is its last argument."""
-    monkeypatch.setenv("HOME", str(tmp_path))  # where compiled programs go
+    monkeypatch.setenv("HOME", compilation_cache)  # where compiled programs go
 
     def run(name: str, *arguments: str) -> None:
         monkeypatch.setattr("sys.argv", [name, *arguments, str(tiny_model)])

@@ -11,6 +11,8 @@ from jaxserve.cli import main
 from jaxserve.cli.generate import Item, parse_line, record_of, summary, text_lines
 from jaxserve.types import CompletionOutput, Logprob, RequestOutput
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def output(*texts: str, error: str | None = None) -> RequestOutput:
     completions = [CompletionOutput(i, text, [1, 2], finish_reason="length") for i, text in enumerate(texts)]

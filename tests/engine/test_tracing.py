@@ -17,6 +17,7 @@ from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, load_program, state_shapes
 from jaxserve.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 H100 = ("NVIDIA H100 80GB HBM3", 132, "gpu")
 CPU = ("cpu", None, "cpu")
 GREEDY, DRAW = Bucket(4, 4), Bucket(4, 4, Level.DRAW)

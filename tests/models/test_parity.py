@@ -21,6 +21,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import CausalLM
 from jaxserve.models.table import expand
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDENS = Path(__file__).parent / "goldens"
 PAGE = 4
 NUM_PAGES = 40

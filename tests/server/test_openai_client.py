@@ -15,10 +15,11 @@ from live import ADMIN_KEY, KEY, Live, serve, warm
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 GREEDY = {"model": "tiny", "temperature": 0}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def live(small_flags: list[str]) -> Iterator[Live]:
+def live(quick_compilation: None, small_flags: list[str]) -> Iterator[Live]:
     with serve(*small_flags, "--api-key", KEY, "--admin-api-key", ADMIN_KEY) as server:
         warm(server)
         yield server

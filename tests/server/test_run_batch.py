@@ -27,6 +27,8 @@ from jaxserve.server.batch_files import open_files, parse_line, raw_lines
 from jaxserve.server.service import Service
 from jaxserve.text import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Fake(Service):
     """Answers with the prompt; `step(prompt)` may wait or raise."""
