@@ -24,6 +24,7 @@ from live import KEY, Live, serve
 from jaxserve.cli.flags import UsageError
 from jaxserve.cli.router import parse_url
 from jaxserve.cli.serve import cuda_devices, replica_words, split_devices
+from jaxserve.server import router_replicas
 from jaxserve.server.router_affinity import BLOCK, MOST_BLOCKS, Affinity, prompt_blocks
 from jaxserve.server.router_lifecycle import Replicas, RouterLifecycle
 from jaxserve.server.router_metrics import MergedMetrics
@@ -53,6 +54,7 @@ class Fake:
         events: of a stream; `dies_after` breaks the connection after so many, `gap` is in seconds.
         seen: (method, path and query, headers, body) of each request but the health checks.
         left: streams whose reader went away.
+        checks: times that /ready was asked.
     """
 
     status: int = 200
@@ -68,6 +70,7 @@ class Fake:
     knows: str = ""
     seen: list[tuple[str, str, dict[bytes, bytes], bytes]] = field(default_factory=list)
     left: int = 0
+    checks: int = 0
     url: str = ""
     server: Any = None
 
@@ -84,6 +87,7 @@ class Fake:
             self.seen.append((scope["method"], target, headers, body))
         known = {"/metrics": self.page, "/load": self.load, f"/abort/{self.knows}": {"aborted": True}}
         if path == "/ready":
+            self.checks += 1
             await self.reply(send, self.ready, {"error": {"message": "the server is shutting down"}})
         elif self.key is not None and headers.get(b"authorization") != f"Bearer {self.key}".encode():
             await self.reply(send, 401, {"error": {"message": "no key"}})
@@ -298,6 +302,15 @@ def test_a_replica_that_fails_is_out_and_comes_back():
         with running(back := Fake(), port=port):
             wait(lambda: sample(http, "jaxserve:router_healthy_replicas") == 2)
             wait(lambda: post(http, prompt("x")).json() == {"from": back.url})
+
+
+def test_checks_of_a_broken_replica_become_rarer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(router_replicas, "FIRST_RECHECK", 0.02)
+    with running(fake := Fake(ready=503)), routed(fake.url) as http:
+        time.sleep(1.5)
+        assert 5 <= fake.checks <= 9  # after 0.02, 0.04, ... 0.64 s, not each 0.1 s
+        fake.ready = 200
+        wait(lambda: http.get("/health").status_code == 200)
 
 
 def test_no_replica_at_all():
