@@ -9,6 +9,7 @@ and WORLD_SIZE, or from the scheduler; `jaxserve launch` sets them. Without any 
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -206,7 +207,10 @@ def initialize(config: MeshConfig | None = None) -> Rank | None:
 
 
 def join(rank: Rank | None, config: MeshConfig | None) -> Rank | None:
-    """`initialize` for a rank that is known (None: this process is alone)."""
+    """`initialize` for a rank that is known (None: this process is alone).
+
+    Processes with an engine of their own (`independent`) get their devices and do not wait for each other.
+    """
     if config is not None:
         if rank is not None and rank.size != config.processes:
             raise LaunchError(
@@ -216,7 +220,8 @@ def join(rank: Rank | None, config: MeshConfig | None) -> Rank | None:
             )
         launch.set_up_devices(config, launch.environment(), rank.local_rank if rank else 0)
     timeouts = Timeouts() if config is None else config.timeouts
-    if rank is not None and rank.size > 1:
+    independent = config is not None and config.independent
+    if rank is not None and rank.size > 1 and not independent:
         launch.start(rank, timeouts)
         facts = {"code version": code_version()}
         if config is not None:
@@ -227,6 +232,17 @@ def join(rank: Rank | None, config: MeshConfig | None) -> Rank | None:
     if config is not None:
         launch.check_devices(config)
     return rank
+
+
+def engine_options(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The engine options of the mesh config that `jaxserve launch` runs a script with, for `LLM(**engine_options())`.
+
+    Empty without the launcher; `variables` None is this process's own environment.
+    """
+    variables = launch.environment() if variables is None else variables
+    names = ("tensor_parallel_size", "data_parallel_size")
+    sizes = {name: int(text) for name in names if (text := variables.get(f"JAXSERVE_{name.upper()}"))}
+    return sizes | json.loads(variables.get("JAXSERVE_ENGINE_ARGS") or "{}")
 
 
 def code_version() -> str:

@@ -75,6 +75,11 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def set_environment(variables: Environment) -> None:
+    """Set variables of this process, for what it runs or starts later."""
+    os.environ.update(variables)
+
+
 def join_address(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

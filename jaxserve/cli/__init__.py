@@ -29,6 +29,7 @@ COMMANDS = {
     "bench offline": ("bench", "measure throughput and latency on random prompts"),
     "bench serve": ("bench_serve", "measure a running server under load"),
     "convert": ("convert", "write a model as an engine-ready checkpoint that loads faster"),
+    "launch": ("launch", "run a command or script on many devices, processes and hosts"),
 }
 OVERVIEW = """usage: jaxserve COMMAND [OPTIONS]
 
@@ -80,8 +81,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     end = rest.index("--") if "--" in rest else len(rest)
     args, unknown = parser.parse_known_intermixed_args(dashes(rest[:end]))
+    # After "--" everything is a prompt (or the command to launch), whatever it begins with.
     if "prompts" in args:
-        args.prompts += rest[end + 1 :]  # after "--" everything is a prompt, whatever it begins with
+        args.prompts += rest[end + 1 :]
+    elif "command" in args:
+        args.command += rest[end + 1 :]
     else:
         unknown += rest[end + 1 :]
     if unknown:
