@@ -2,17 +2,18 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import platform
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.workload import Workload
 from jaxserve.checks import ParameterError
 from jaxserve.cli import flags
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.version import __version__
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import LLMEngine
@@ -119,7 +120,7 @@ def facts(engine: "LLMEngine") -> dict[str, Any]:
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
-        "versions": {name: importlib.metadata.version(name) for name in ("jaxserve", "jax", "jaxlib", "flax")},
+        "versions": {"jaxserve": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
     }
 
 

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import datetime
-import importlib.metadata
 import itertools
 import math
 import sys
@@ -22,6 +21,7 @@ from jaxserve.checks import ParameterError, require
 from jaxserve.cli import flags
 from jaxserve.cli.bench import check_plotting, write_json
 from jaxserve.config.options import parse_object
+from jaxserve.version import __version__
 
 DESCRIPTION = """Send random requests to a server with OpenAI's API and report throughput and latency.
 
@@ -208,7 +208,7 @@ def about(args: argparse.Namespace, spread: Lengths, target: serving.Target, ser
     rate = "inf" if math.isinf(args.request_rate) else args.request_rate  # JSON has no infinity
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "version": importlib.metadata.version("jaxserve"),
+        "version": __version__,
         "server": {"url": target.base_url, "owner": server.owner, "max_model_len": server.max_model_len},
         "model": target.model,
         "arguments": shown | {"request_rate": rate, "lengths": spread.distribution, "max_total_len": spread.most},
