@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 2.0  # between looks at a replica that works; also the age of its queue figures
 CHECK_TIMEOUT = 5.0  # seconds; a replica that computes answers at once, also under load
-FIRST_RECHECK, LONGEST_RECHECK = 0.5, 15.0  # seconds between looks at one that does not, doubled each time
+FIRST_RECHECK, LONGEST_RECHECK = 0.5, 5.0  # seconds between looks at one that does not, doubled each time
 
 
 @dataclass
