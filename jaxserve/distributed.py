@@ -22,8 +22,6 @@ from sharding import channel, launch
 from sharding.config import MeshConfig, Timeouts
 from sharding.launch import DataParallelRank, LaunchError, Rank
 
-CONNECT_SECONDS = 5.0  # for one attempt
-RETRY_SECONDS = 0.1
 GATHER_PORT_OFFSET = 1  # from the port of jax's coordinator, where ranks are known from it only
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 
@@ -118,18 +116,7 @@ def _gather_first(part: list[Any], mine: DataParallelRank, to_all: bool, timeout
 
 def _gather_other(part: list[Any], mine: DataParallelRank, timeout: float) -> list[list[Any]]:
     deadline = time.monotonic() + timeout
-    token = mine.token.encode()
-    while True:
-        try:
-            link = channel.connect(mine.address, mine.port, mine.rank, token, CONNECT_SECONDS)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"rank {mine.rank} could not reach rank 0 at {mine.address} port {mine.port} in {timeout:g} s "
-                    f"({error}); see the log of rank 0"
-                ) from error
-        time.sleep(RETRY_SECONDS)
+    link = channel.connect_until(mine.address, mine.port, mine.rank, mine.token.encode(), timeout)
     follower = channel.Follower(link, timeout)
     try:
         follower.send(part)
@@ -222,13 +209,10 @@ def join(rank: Rank | None, config: MeshConfig | None) -> Rank | None:
     timeouts = Timeouts() if config is None else config.timeouts
     independent = config is not None and config.independent
     if rank is not None and rank.size > 1 and not independent:
-        launch.start(rank, timeouts)
         facts = {"code version": code_version()}
         if config is not None:
-            facts["mesh config"] = config.digest()
-        store = launch.key_value_client()
-        for name, value in facts.items():
-            channel.agree(store, rank.rank, rank.size, name, value, float(timeouts.start))
+            facts |= {f"mesh config, {name}": value for name, value in config.facts().items()}
+        launch.start(rank, timeouts, facts)
     if config is not None:
         launch.check_devices(config)
     return rank

@@ -37,10 +37,6 @@ class ChannelClosed(ChannelError):
     """The other end closed the channel in order; nothing more comes."""
 
 
-class Disagreement(ValueError):
-    """Ranks that must be started alike differ."""
-
-
 @runtime_checkable
 class Store(Protocol):
     """What is used of the client of jax's coordination service: text under a key, seen by all ranks."""
@@ -308,6 +304,26 @@ def connect(host: str, port: int, rank: int, token: bytes, timeout: float) -> Co
     return Connection(sock, 0)
 
 
+def connect_until(host: str, port: int, rank: int, token: bytes, timeout: float) -> Connection:
+    """`connect`, again and again until rank 0 listens.
+
+    Raises:
+        TimeoutError: it did not; names the address.
+        ChannelError: the listener does not know the token.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return connect(host, port, rank, token, HANDSHAKE_SECONDS)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"rank {rank} could not reach rank 0 at {host} port {port} in {timeout:g} s ({error}); see the log "
+                    "of rank 0"
+                ) from error
+        time.sleep(RETRY_SECONDS)
+
+
 def _admit(sock: socket.socket, size: int, token: bytes) -> int | None:
     """The rank of whoever connected and knows the token."""
     deadline = time.monotonic() + HANDSHAKE_SECONDS
@@ -351,25 +367,3 @@ def _say_goodbye(connection: Connection) -> None:
         pass  # it is gone already
     finally:
         connection.close()
-
-
-def agree(store: Store, rank: int, size: int, name: str, value: str, timeout: float) -> None:
-    """Make sure that all ranks have the same `value`; each calls this once for a name.
-
-    Raises:
-        Disagreement: they differ; names the ranks and their values.
-        TimeoutError: a rank did not answer; names it.
-    """
-    store.key_value_set(f"jaxserve/agree/{name}/{rank}", value)
-    deadline = time.monotonic() + timeout
-    ranks_of: dict[str, list[str]] = {}
-    for other in range(size):
-        left = max(1, int(1000 * (deadline - time.monotonic())))
-        try:
-            theirs = store.blocking_key_value_get(f"jaxserve/agree/{name}/{other}", left)
-        except RuntimeError as error:
-            raise TimeoutError(f"rank {other} did not tell its {name} in {timeout:g} s; see its log") from error
-        ranks_of.setdefault(theirs, []).append(str(other))
-    if len(ranks_of) > 1:
-        told = "; ".join(f"rank {', '.join(ranks)}: {theirs}" for theirs, ranks in ranks_of.items())
-        raise Disagreement(f"the ranks differ in their {name} ({told}); start all of them alike")

@@ -15,7 +15,6 @@ the value and what to write instead.
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,10 +112,18 @@ class MeshConfig:
         """The mesh of one engine: all of it, or one process's part where each has an engine of its own."""
         return Axes(self.axes.data // self.processes, self.axes.model) if self.independent else self.axes
 
-    def digest(self) -> str:
-        """A short text that is equal on ranks whose configs say the same, wherever their files lie."""
-        parts = dataclasses.asdict(dataclasses.replace(self, engine={}, source="")) | {"engine": dict(self.engine)}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    def facts(self) -> dict[str, str]:
+        """Every setting by its key, for comparison between ranks, wherever their files lie."""
+        found = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if dataclasses.is_dataclass(value):
+                value = vars(value)
+            if isinstance(value, Mapping):
+                found |= {f"{item.name}.{key}": json.dumps(part, sort_keys=True) for key, part in value.items()}
+            elif item.name != "source":
+                found[item.name] = json.dumps(value)
+        return found
 
 
 def load(path: str | Path) -> MeshConfig:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sharding.agreement import meet
 from sharding.config import DEFAULT_PORT, MeshConfig, Timeouts
 
 TPU_PORT = 8482  # jax's own on TPU pods
@@ -17,7 +18,7 @@ DATA_PARALLEL_PREFIXES = ("JAXSERVE_DP_", "VLLM_DP_")
 Environment = Mapping[str, str]
 
 
-class LaunchError(RuntimeError):
+class LaunchError(ValueError):
     """The processes of a mesh cannot be found or joined; the message says which variable or setting to change."""
 
 
@@ -316,19 +317,29 @@ def set_up_devices(config: MeshConfig, environ: Environment, local_rank: int) ->
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
 
 
-def start(rank: Rank, timeouts: Timeouts) -> None:
+def start(rank: Rank, timeouts: Timeouts, facts: Mapping[str, str]) -> None:
     """Join the other processes; returns when all are there. One process alone has nothing to join.
 
     From then on jax ends this process within `timeouts.heartbeat` seconds or so of another one's death.
 
+    Args:
+        rank: of this process.
+        timeouts: of the mesh config.
+        facts: name -> value of what must be the same on all ranks.
+
     Raises:
         LaunchError: not all processes came within `timeouts.start` seconds, or the coordinator's port is taken.
+        Disagreement: the facts differ.
     """
     import jax
 
     if rank.size == 1:
         return
+    host, port = split_address(rank.coordinator, DEFAULT_PORT, rank.source)
+    who = f"rank {rank.rank} of {rank.size} (from {rank.source}), coordinator {rank.coordinator}"
     try:
+        # jax would end the process, with a stack trace, if not all came.
+        meet(rank.rank, rank.size, host, port, facts, float(timeouts.start))
         jax.distributed.initialize(
             rank.coordinator,
             rank.size,
@@ -338,11 +349,11 @@ def start(rank: Rank, timeouts: Timeouts) -> None:
             heartbeat_timeout_seconds=timeouts.heartbeat,
             shutdown_timeout_seconds=timeouts.shutdown,
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise LaunchError(
-            f"rank {rank.rank} of {rank.size} (from {rank.source}) could not join at {rank.coordinator} within "
-            f"{timeouts.start} s: {' '.join(str(error).split())[:500]}. Check that every rank runs, and that the "
-            "address is the host of rank 0 and reachable from here (coordinator and timeouts.start in the mesh config)"
+            f"{who}: {' '.join(str(error).split())[:500]}. Check that all ranks run, and that the coordinator is the "
+            "host of rank 0, with a free port that the others can reach (coordinator and timeouts.start in the mesh "
+            "config)"
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli import flags
-from jaxserve.cli.launch import SIZES, Job, command_of
+from jaxserve.cli.jobs import SIZES, Job, command_of
 from jaxserve.config import EngineArgs, merge_overrides
 from sharding.config import DEFAULT_PORT, MeshConfig
 from sharding.launch import Rank
@@ -21,7 +21,7 @@ SECRET = "JAXSERVE_DP_TOKEN"
 LAYER = re.compile(r"\.(\d+)\.")
 
 
-def report(config: MeshConfig, job: Job, variables: Mapping[str, str]) -> Iterator[str]:
+def describe(config: MeshConfig, job: Job, variables: Mapping[str, str]) -> Iterator[str]:
     """The lines of the plan."""
     yield from describe_mesh(config)
     for rank in all_ranks(config):

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding import channel
-from sharding.channel import ChannelClosed, ChannelError, Disagreement, Follower, Leader, agree, open_channel
+from sharding.agreement import Disagreement, agree, meet
+from sharding.channel import ChannelClosed, ChannelError, Follower, Leader, open_channel
 from sharding.codec import CodecError, decode, encode
 from sharding.config import MeshConfig
+from sharding.processes import free_port
 
 scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text()
 plain = st.recursive(
@@ -263,6 +265,21 @@ def test_ranks_agree_or_say_who_differs():
     (error,) = in_ranks(1, lambda rank: agree(store, rank, 2, "mesh", "a", 0.1))
     assert isinstance(error, TimeoutError)
     assert "rank 1 did not tell its mesh in 0.1 s" in str(error)
+
+
+def test_ranks_meet_before_jax_starts():
+    port = free_port()
+
+    def work(rank: int, size: int = 3, odd: int = -1) -> None:
+        meet(rank, size, "127.0.0.1", port, {"code version": "2" if rank == odd else "1", "mesh config": "m"}, 1.0)
+
+    assert in_ranks(3, work) == [None] * 3
+    errors = in_ranks(3, lambda rank: work(rank, odd=2))
+    told = "the ranks differ in their code version (rank 0, 1: 1; rank 2: 2); start all of them alike"
+    assert [str(error) for error in errors] == [told] * 3
+    missing, told = in_ranks(2, work)
+    assert "rank 2 did not connect to rank 0 in 1 s" in str(missing)
+    assert "rank 2 did not connect to rank 0 in 1 s" in str(told)
 
 
 def test_the_ends_have_names():

@@ -50,11 +50,12 @@ def test_an_engine_in_each_process():
     assert config.devices_per_process == 2
 
 
-def test_digest_depends_on_content_alone():
+def test_facts_depend_on_content_alone():
     one, two = parse({"axes": {"model": 4}}, "a.yaml"), parse({"axes": {"data": 1, "model": 4}}, "b.yaml")
-    assert one.digest() == two.digest()
-    assert one.digest() != parse({"axes": {"model": 4}, "engine": {"seed": 1}}).digest()
-    assert one.digest() != parse({"axes": {"model": 4}, "timeouts": {"stop": 11}}).digest()
+    assert one.facts() == two.facts()
+    assert one.facts()["axes.model"] == "4"
+    other = parse({"axes": {"model": 4}, "engine": {"seed": 1}, "timeouts": {"stop": 11}}).facts()
+    assert dict(other.items() - one.facts().items()) == {"engine.seed": "1", "timeouts.stop": "11"}
 
 
 BAD = [
