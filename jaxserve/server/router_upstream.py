@@ -14,7 +14,6 @@ import httpx
 CONNECT_SECONDS = 3.0
 KEEP_SECONDS = 3.0  # an idle connection is kept; less than uvicorn's 5, so that the replica never closes one first
 KEPT_CONNECTIONS = 256
-MIB = 1 << 20
 
 # Of one connection, not of the message (RFC 9110, section 7.6.1), or written anew for each connection.
 HOP_BY_HOP = frozenset({
