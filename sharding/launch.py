@@ -242,8 +242,8 @@ def _find_job_set(environ: Environment, config: MeshConfig | None) -> Rank | Non
 
 
 def _port_of(job: int) -> int:
-    """A port that all tasks of a job work out alike and neighbouring jobs do not share (jax's own choice)."""
-    return 65536 - 4096 + job % 4096
+    """A port that all tasks of a job work out alike and neighbouring jobs do not share; one more is free for others."""
+    return 61440 + job % 4095
 
 
 # In the order in which they are asked: what is set on purpose first, what a platform always sets last.

@@ -62,7 +62,8 @@ def all_ranks(config: MeshConfig) -> list[Rank]:
 def describe_rank(config: MeshConfig, rank: Rank, job: Job, variables: Mapping[str, str]) -> Iterator[str]:
     count = config.devices_per_process
     first = rank.rank * count
-    yield f"rank {rank.rank}, host {rank.rank // config.processes_per_host}: devices {first} to {first + count - 1}"
+    devices = f"devices {first} to {first + count - 1}" if count > 1 else f"device {first}"
+    yield f"rank {rank.rank}, host {rank.rank // config.processes_per_host}: {devices}"
     command = command_of(config, rank, "", job, {**variables, "JAXSERVE_DP_TOKEN": ""}, "...")
     own = {k: v for k, v in command.variables.items() if k.startswith(SHOWN) and (v or k != SECRET)}
     if config.hosts == 1 and config.coordinator.port is None:

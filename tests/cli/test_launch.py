@@ -94,6 +94,9 @@ def test_ranks_of_this_machine():
     host = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     found = local_ranks(config, host, None)
     assert [(rank.rank, rank.size, rank.coordinator) for rank in found] == [(2, 4, "h:29501"), (3, 4, "h:29501")]
+    pod = {"JOB_COMPLETION_INDEX": "1", "JAXSERVE_COORDINATOR": "set-workers-0-0.set"}
+    found = local_ranks(parse({"axes": {"data": 4}, "hosts": 2, "processes_per_host": 2}), pod, None)
+    assert [(rank.rank, rank.coordinator) for rank in found] == [(n, "set-workers-0-0.set:29501") for n in (2, 3)]
     alone = parse({"axes": {"model": 8}})
     assert [rank.size for rank in local_ranks(alone, {}, None)] == [1]
     assert len(local_ranks(parse({"axes": {"model": 8}, "processes_per_host": 4}), {}, None)) == 4
@@ -246,3 +249,19 @@ def test_ranks_with_different_files_do_not_start(two: tuple[str, str], tmp_path:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "the ranks differ in their mesh config, engine.seed (rank 0: none; rank 1: 1)" in err
+
+
+def test_offline_data_parallelism_by_rank(tiny_model: Path, tmp_path: Path, compilation_cache: str):
+    """The example with two ranks, four prompts for one and three for the other."""
+    mesh = written(tmp_path, axes={"data": 2}, platform="cpu", processes_per_host=2, independent=True,
+                   engine={"compilation_cache_dir": compilation_cache})  # fmt: skip
+    process = launch(mesh, "--", "examples/data_parallel.py", str(tiny_model), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert "[rank 0] rank 0 of 2: 4 prompts" in lines
+    assert "[rank 1] rank 1 of 2: 3 prompts" in lines
+    results = [line for line in lines if " -> " in line]
+    assert [line.partition("' -> ")[0] for line in results] == [
+        f"[rank 0] 'The number after {number} is" for number in range(7)
+    ]

@@ -31,11 +31,11 @@ TABLE = {
         TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"},
         Rank(2, 4, 0, "h0", 29401, "RANK (torchrun)"),
     ),
-    "slurm": (SLURM, Rank(3, 4, 1, "gpu07", 61444, "SLURM_PROCID")),
+    "slurm": (SLURM, Rank(3, 4, 1, "gpu07", 61445, "SLURM_PROCID")),
     "slurm batch script": ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),
     "open mpi 4": (
         OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"},
-        Rank(1, 2, 0, "10.96.0.1", 61440 + (1531576320 >> 12) % 4096, "OMPI_COMM_WORLD_RANK"),
+        Rank(1, 2, 0, "10.96.0.1", 61440 + (1531576320 >> 12) % 4095, "OMPI_COMM_WORLD_RANK"),
     ),
     "open mpi 4, v6": (
         OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43370"},
