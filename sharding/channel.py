@@ -246,13 +246,26 @@ def open_channel(store: Store, rank: int, size: int, host: str, name: str, timeo
         time.sleep(RETRY_SECONDS)
 
 
+def open_program_channel(name: str, timeout: float) -> Leader | Follower | None:
+    """`open_channel` between the processes that `jax.distributed` joined, None where there is one process only."""
+    from jax._src.distributed import global_state
+
+    if global_state.client is None or global_state.num_processes == 1:
+        return None
+    host = (global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
+    rank, size = global_state.process_id, global_state.num_processes
+    return open_channel(global_state.client, rank, size, host, name, timeout)
+
+
 def listener(host: str, port: int, size: int) -> socket.socket:
     """A listening socket on the interface of `host`, or on all where that address is not this machine's own (NAT)."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=size)
-    except OSError:
-        return socket.create_server(("", port), family=family, backlog=size)
+    except OSError:  # also a name that cannot be looked up yet, as of a pod that has just started
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, backlog=size, dualstack_ipv6=both)
 
 
 def accept_all(server: socket.socket, size: int, token: bytes, timeout: float) -> list[Connection]:

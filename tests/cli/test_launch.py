@@ -169,14 +169,16 @@ import sys, time
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.distributed import engine_options
-from sharding.channel import open_channel
+from sharding.agreement import agree
+from sharding.channel import open_program_channel
 from sharding.launch import key_value_client
 
 rank, size = jax.process_index(), jax.process_count()
 mesh = Mesh(np.array(jax.devices()), ("x",))
 x = jax.make_array_from_callback((4,), NamedSharding(mesh, PartitionSpec("x")), lambda i: np.arange(4.0)[i])
 print("sum", float(jax.jit(jnp.sum)(x)), engine_options(), sys.argv[1:], flush=True)
-channel = open_channel(key_value_client(), rank, size, "127.0.0.1", "steps", 10.0)
+agree(key_value_client(), rank, size, "pages", "7", 10.0)
+channel = open_program_channel("steps", 10.0)
 for step in range(50):
     if rank == 0:
         channel.send({"step": step, "tokens": np.arange(step, dtype=np.int32)})

@@ -191,6 +191,18 @@ def test_missing_ranks_are_named():
         open_channel(store, 1, 3, "127.0.0.1", "t", 0.1)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-name.invalid", "::1"])
+def test_a_listener_at_an_address_that_is_not_its_own(host: str):
+    """Such as behind a NAT, or a name that cannot be looked up yet: it listens on all interfaces."""
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with channel.listener(host, 0, 2) as server, ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(channel.accept_all, server, 2, b"", 5.0)
+        port = server.getsockname()[1]
+        channel.connect_until("::1" if host == "::1" else "127.0.0.1", port, 1, b"", 5.0).close()
+        accepted.result(5)[0].close()
+
+
 def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(channel, "HANDSHAKE_SECONDS", 0.1)
     token = b"secret"
