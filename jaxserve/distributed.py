@@ -120,7 +120,7 @@ def _gather_other(part: list[Any], mine: DataParallelRank, timeout: float) -> li
     follower = channel.Follower(link, timeout)
     try:
         follower.send(part)
-        return follower.receive(max(1.0, deadline - time.monotonic()))
+        return follower.receive(max(1.0, deadline - time.monotonic()) + channel.ANSWER_SECONDS)
     finally:
         follower.close()
 

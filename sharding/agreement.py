@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-from sharding.channel import Follower, Leader, Store, accept_all, connect_until, listener
+from sharding.channel import ANSWER_SECONDS, Follower, Leader, Store, accept_all, connect_until, listener
 
 TOKEN = b"jaxserve"  # nothing secret is exchanged here; it tells a rank from a stranger
 
@@ -42,7 +42,7 @@ def meet(rank: int, size: int, host: str, port: int, facts: Mapping[str, str], t
         follower = Follower(connect_until(host, port, rank, TOKEN, timeout), timeout)
         try:
             follower.send(dict(facts))
-            problem = follower.receive(timeout)
+            problem = follower.receive(timeout + ANSWER_SECONDS)
         finally:
             follower.close()
     if problem:

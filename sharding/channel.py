@@ -26,6 +26,7 @@ NONCE_BYTES = 16
 LARGEST_MESSAGE = 1 << 30  # bytes
 HANDSHAKE_SECONDS = 5.0  # for a stranger who connects and says nothing
 RETRY_SECONDS = 0.05
+ANSWER_SECONDS = 5.0  # that a follower waits longer than the leader, whose message names who is missing
 DEAD_AFTER = 15  # seconds without an answer from the other machine
 
 

@@ -253,6 +253,19 @@ def test_ranks_with_different_files_do_not_start(two: tuple[str, str], tmp_path:
         assert "the ranks differ in their mesh config, engine.seed (rank 0: none; rank 1: 1)" in err
 
 
+def test_ranks_of_their_own_share_a_list(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from jaxserve.distributed import current_rank, engine_options, gather, partition\n"
+        "print(current_rank().rank, engine_options(), gather(partition([*range(7)])), flush=True)\n"
+    )
+    mesh = written(tmp_path, axes={"data": 2}, platform="cpu", processes_per_host=2, independent=True)
+    out, err = launch(mesh, "--", str(script)).communicate(timeout=60)
+    options = "{'tensor_parallel_size': 1, 'data_parallel_size': 1}"
+    assert sorted(out.splitlines()) == [f"[rank {r}] {r} {options} [0, 1, 2, 3, 4, 5, 6]" for r in range(2)], err
+
+
+@pytest.mark.slow
 def test_offline_data_parallelism_by_rank(tiny_model: Path, tmp_path: Path, compilation_cache: str):
     """The example with two ranks, four prompts for one and three for the other."""
     mesh = written(tmp_path, axes={"data": 2}, platform="cpu", processes_per_host=2, independent=True,
