@@ -141,21 +141,25 @@ def plan(
     Raises:
         ValueError: an unsupported model, or a mesh that does not divide it.
     """
-    from jax.sharding import AbstractMesh, AxisType
-    from numpy import dtype
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-    from jaxserve import models
     from jaxserve.config.model_facts import choose_dtype
-    from jaxserve.weights import plan_parameters
+    from jaxserve.weights import plan_model
     from sharding.mesh import AXES
 
     axes = config.engine_axes
-    mesh: Any = AbstractMesh((axes.data, axes.model), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    family = models.resolve(hf_config)
-    length = args.max_model_len if isinstance(args.max_model_len, int) else None
-    chosen = dtype(choose_dtype(args.dtype, hf_config, config.platform))
-    _, _, parameters = plan_parameters(family, family.config(hf_config, length), chosen, mesh)
-    return hf_config["architectures"][0], parameters
+    device = AbstractDevice(device_kind=config.platform, num_cores=None, platform=config.platform)
+    types = (AxisType.Auto,) * len(AXES)
+    mesh: Any = AbstractMesh((axes.data, axes.model), AXES, axis_types=types, abstract_device=device)
+    model = plan_model(
+        args.model or "",
+        hf_config=hf_config,
+        dtype=choose_dtype(args.dtype, hf_config, config.platform),
+        load_format="dummy",  # so that nothing is looked for at the path
+        mesh=mesh,
+        max_model_len=args.max_model_len if isinstance(args.max_model_len, int) else None,
+    )
+    return hf_config["architectures"][0], model.parameters
 
 
 def grouped(parameters: "Mapping[str, jax.ShapeDtypeStruct]") -> list[tuple[str, Any, int]]:
