@@ -9,6 +9,18 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Begun first, so that the workers of a parallel run end together.
+LONGEST = ("smollm2", "openai_client", "attention_hopper", "engine", "lifecycle")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of pytest-xdist: files with many tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
