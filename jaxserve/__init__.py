@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from jaxserve.config import EngineArgs
+    from jaxserve.config import EngineArgs, ParallelConfig
     from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
     from jaxserve.engine.engine import LLMEngine
     from jaxserve.llm import LLM
@@ -28,6 +28,7 @@ _MODULES = {
     "AsyncLLMEngine": "jaxserve.engine.async_engine",
     "EngineDeadError": "jaxserve.engine.async_engine",
     "EngineArgs": "jaxserve.config",
+    "ParallelConfig": "jaxserve.config",
     "SamplingParams": "jaxserve.sampling_params",
     "BeamSearchParams": "jaxserve.sampling_params",
     "RequestOutputKind": "jaxserve.sampling_params",
@@ -49,6 +50,7 @@ __all__ = [
     "EngineDeadError",
     "LLMEngine",
     "Logprob",
+    "ParallelConfig",
     "PromptType",
     "RequestOutput",
     "RequestOutputKind",

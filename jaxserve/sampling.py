@@ -5,6 +5,9 @@ allowed ids -> bad words, min_tokens, logit bias -> repetition, frequency, prese
 skips by a run-time branch what no row of the step asks for, so one program serves every mixture. A branch costs a GPU
 tens of microseconds, as the host reads its condition: hence two levels. A row's random key is `fold_in(seed,
 position)`: the batch around a request never changes its draw.
+
+Where the vocabulary is split over devices, each works on the logits of its part; what they exchange are maxima, sums
+and candidates, never logits.
 """
 
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.batch import Edits, SamplingRows
 from jaxserve.kv_cache import Chunks
 from pallas_kernels.top_k_top_p import top_k_top_p_floor
+from sharding.collectives import MODEL, gathered, most, shard, shards, total
 
 BLOCK, BLOCKS = 128, 32  # tokens of a block, blocks of an outer block, when a row's token is drawn
 
@@ -64,7 +68,23 @@ def best_token(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
     def once(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
-    return lax.platform_dependent(logits, cpu=twice, default=once)
+    ids = lax.platform_dependent(logits, cpu=twice, default=once)
+    if shards() == 1:
+        return ids
+    values = gathered(jnp.take_along_axis(logits, ids[:, None], axis=1))
+    winner = jnp.argmax(values, axis=1)[:, None]  # of equals the first: shards are in the order of the vocabulary
+    return jnp.take_along_axis(gathered((ids + first_token(logits))[:, None]), winner, axis=1)[:, 0]
+
+
+def first_token(logits: Float[Array, "S V"]) -> int | Int[Array, ""]:
+    """The token of the first logit that this device holds."""
+    return shard() * logits.shape[1]
+
+
+def own_columns(tokens: Int[Array, "*n"], logits: Float[Array, "S V"]) -> Int[Array, "*n"]:
+    """Where tokens stand in this device's logits; `V`, which is out of bounds, for those that others hold."""
+    local = tokens - first_token(logits)
+    return jnp.where((local >= 0) & (local < logits.shape[1]), local, logits.shape[1])
 
 
 def _any_penalty(rows: SamplingRows) -> Bool[Array, ""]:
@@ -76,11 +96,12 @@ def apply_edits(
     logits: Float[Array, "S V"], allow_only: Bool[Array, "S"], edits: Edits, last_token: Int[Array, "S"]
 ) -> Float[Array, "S V"]:
     """Apply the sparse edits; rows with `allow_only` first lose every token that none of their edits names."""
-    named = jnp.zeros(logits.shape, bool).at[edits.rows, edits.tokens].set(True, mode="drop")
+    columns = own_columns(edits.tokens, logits)
+    named = jnp.zeros(logits.shape, bool).at[edits.rows, columns].set(True, mode="drop")
     logits = jnp.where(allow_only[:, None] & ~named, -jnp.inf, logits)
     row_last = last_token.at[edits.rows].get(mode="clip")
     values = jnp.where((edits.prev < 0) | (edits.prev == row_last), edits.values, 0)
-    return logits.at[edits.rows, edits.tokens].add(values, mode="drop")
+    return logits.at[edits.rows, columns].add(values, mode="drop")
 
 
 def apply_penalties(
@@ -90,8 +111,7 @@ def apply_penalties(
 
     Repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858; the others as in the OpenAI API.
     """
-    s, v = logits.shape
-    in_prompt, counts = token_counts((s, v), rows.prompt_lens, tokens, chunks)
+    in_prompt, counts = token_counts(logits, rows.prompt_lens, tokens, chunks)
     penalty = jnp.where(in_prompt | (counts > 0), rows.repetition_penalty[:, None], 1)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits -= rows.frequency_penalty[:, None] * counts
@@ -99,20 +119,20 @@ def apply_penalties(
 
 
 def token_counts(
-    shape: tuple[int, int], prompt_lens: Int[Array, "S"], tokens: Int[Array, "pages p"], chunks: Chunks
+    logits: Float[Array, "S V"], prompt_lens: Int[Array, "S"], tokens: Int[Array, "pages p"], chunks: Chunks
 ) -> tuple[Bool[Array, "S V"], Float[Array, "S V"]]:
     """Which tokens each row's prompt holds, and how often its output holds each; read from the paged history."""
-    page_size = tokens.shape[1]
+    shape, page_size = logits.shape, tokens.shape[1]
     row = jnp.arange(shape[0], dtype=jnp.int32)[:, None]
 
     def count_page(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         in_prompt, counts = carry
-        ids = tokens[chunks.page_table[:, i]]
+        ids = own_columns(tokens[chunks.page_table[:, i]], logits)
         position = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
         is_prompt = position < prompt_lens[:, None]
         is_output = (position < chunks.kv_lens[:, None]) & ~is_prompt
         in_prompt = in_prompt.at[row, jnp.where(is_prompt, ids, shape[1])].set(True, mode="drop")
-        return in_prompt, counts.at[row, ids].add(is_output.astype(jnp.float32))
+        return in_prompt, counts.at[row, ids].add(is_output.astype(jnp.float32), mode="drop")
 
     start = (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     return lax.fori_loop(0, -(-jnp.max(chunks.kv_lens) // page_size), count_page, start)
@@ -130,8 +150,8 @@ def draw(
     scaled = logits / temperature
     top_k = jnp.where(is_random, rows.top_k, 0)
     top_p, min_p = jnp.where(is_random, rows.top_p, 1), jnp.where(is_random, rows.min_p, 0)
-    floor = top_k_top_p_floor(scaled, top_k, top_p, min_p)[:, None]
-    best = jnp.max(scaled, axis=1, keepdims=True)
+    floor = top_k_top_p_floor(scaled, top_k, top_p, min_p, axis=MODEL if shards() > 1 else None)[:, None]
+    best = most(jnp.max(scaled, axis=1, keepdims=True))
 
     def weight(part: Float[Array, "S n"]) -> Float[Array, "S n"]:
         """Unnormalised probabilities of some of the logits; of a greedy row, 1 for the best."""
@@ -141,7 +161,7 @@ def draw(
 
     def uniform(high: Array, low: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position), (3,))
+        return jax.random.uniform(jax.random.fold_in(key, position), (4,))
 
     numbers = jax.vmap(uniform)(rows.seed_high, rows.seed_low, positions)
     token = invert(logits, weight, jnp.where(is_random[:, None], numbers, 0))
@@ -151,13 +171,13 @@ def draw(
 def invert(
     logits: Float[Array, "S V"],
     weight: Callable[[Float[Array, "S _"]], Float[Array, "S _"]],
-    uniforms: Float[Array, "S 3"],
+    uniforms: Float[Array, "S 4"],
 ) -> Int[Array, "S"]:
     """The token at which the running sum of the weights passes a uniform share of the whole: 0 gives the first.
 
-    Found in three levels of blocks with a number for each, so that every choice is among few weights, whose float32
-    sums are exact enough. It reads the logits once and needs no random number per token, unlike the Gumbel-max trick,
-    whose random numbers cost several times the reading (151,936 logits on a GPU).
+    Found in three levels of blocks (and one of devices, if they share the row) with a number for each, so that every
+    choice is among few weights, whose float32 sums are exact enough. It reads the logits once and needs no random
+    number per token, unlike the Gumbel-max trick, whose random numbers cost several times the reading.
     """
     rows, size = logits.shape
     blocks = weight(logits)
@@ -167,7 +187,11 @@ def invert(
     first = (outer * BLOCKS + inner) * BLOCK
     tokens = first[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)
     values = jnp.take_along_axis(logits, jnp.minimum(tokens, size - 1), axis=1)
-    return first + pick(jnp.where(tokens < size, weight(values), 0), uniforms[:, 2])
+    token = first + pick(jnp.where(tokens < size, weight(values), 0), uniforms[:, 2])
+    if shards() == 1:
+        return token
+    owner = pick(gathered(blocks.sum(axis=(1, 2))[:, None]), uniforms[:, 3])
+    return total(jnp.where(owner == shard(), first_token(logits) + token, 0))
 
 
 def pick(weights: Float[Array, "S n"], uniforms: Float[Array, "S"]) -> Int[Array, "S"]:
@@ -180,8 +204,19 @@ def pick(weights: Float[Array, "S n"], uniforms: Float[Array, "S"]) -> Int[Array
 
 def score(logits: Float[Array, "R V"], ids: Int[Array, "R"], k: int, *, as_logprobs: bool) -> Scores:
     """Value and rank of `ids`, and the `k` best tokens, of each row."""
-    values = jax.nn.log_softmax(logits, axis=-1) if as_logprobs else logits
-    value = jnp.take_along_axis(values, ids[:, None], axis=1)
-    rank = jnp.sum(values > value, axis=-1, dtype=jnp.int32) + 1
-    top_values, top_ids = lax.top_k(values, k)
-    return Scores(value[:, 0], rank, top_ids.astype(jnp.int32), top_values)
+    values = log_softmax(logits) if as_logprobs else logits
+    columns = own_columns(ids, logits)
+    value = jnp.take_along_axis(values, jnp.minimum(columns, logits.shape[1] - 1)[:, None], axis=1)
+    value = total(jnp.where(columns[:, None] < logits.shape[1], value, 0))
+    rank = total(jnp.sum(values > value, axis=-1, dtype=jnp.int32)) + 1
+    top_values, top_ids = lax.top_k(values, min(k, logits.shape[1]))
+    if shards() > 1:
+        top_values, order = lax.top_k(gathered(top_values), k)
+        top_ids = jnp.take_along_axis(gathered(top_ids + first_token(logits)), order, axis=1)
+    return Scores(value[:, 0], rank, top_values=top_values, top_ids=top_ids.astype(jnp.int32))
+
+
+def log_softmax(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+    """Logarithms of the probabilities; those of other devices' logits count, too."""
+    shifted = logits - most(jnp.max(logits, axis=-1, keepdims=True))
+    return shifted - jnp.log(total(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)))

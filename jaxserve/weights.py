@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.tree_util import PyTreeDef
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import CausalLM
 from jaxserve.models.family import Family
 from jaxserve.models.table import Rule, expand
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, platform_of
 from sharding.place import place
 from sharding.rules import named_sharding
 
@@ -60,11 +60,23 @@ class ModelPlan:
     graphdef: nnx.GraphDef
     treedef: PyTreeDef  # pyright: ignore[reportInvalidTypeForm]
     parameters: Parameters
+    mesh: Mesh | AbstractMesh
+
+    @property
+    def devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+        """Of its mesh; none if that is abstract."""
+        return [] if isinstance(self.mesh, AbstractMesh) else list(np.asarray(self.mesh.devices).flat)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all parameters together (of one copy of the model)."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.parameters.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the parameters that each device holds."""
+        shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in self.parameters.values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def merge(self, leaves: Iterable[jax.Array]) -> CausalLM:
         """The module with these parameters; pure, for use inside `jit`."""
@@ -110,7 +122,7 @@ def plan_model(
     hf_config: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     load_format: str = "auto",
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     max_model_len: int | None = None,
 ) -> ModelPlan:
     """Find out what a model's parameters will be and where they will lie; allocates and reads nothing large.
@@ -121,7 +133,7 @@ def plan_model(
         dtype: "auto", "bfloat16", "float16" ("half") or "float32" ("float"); see `resolve_dtype`.
         load_format: "safetensors", "gguf", "orbax" (made by `convert`), "auto" (what is there) or "dummy" (random
             weights made on the devices; only the config is read).
-        mesh: axes ("data", "model"); None is one device.
+        mesh: axes ("data", "model"), abstract where nothing is to be loaded; None is one device.
         max_model_len: the longest sequence to be served, which rope settings may depend on.
 
     Raises:
@@ -134,13 +146,15 @@ def plan_model(
     hf_config = read_hf_config(path) if hf_config is None else hf_config
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     family = models.resolve(hf_config)
-    config = family.config(hf_config, max_model_len)
+    config = family.config(hf_config, max_model_len).split(mesh.shape["model"])
     if load_format == "auto" and is_engine_ready(path):
         load_format = "orbax"
     stored = read_manifest(path)["dtype"] if load_format == "orbax" else None
-    chosen = resolve_dtype(dtype, hf_config, mesh, stored)
+    chosen = resolve_dtype(dtype, hf_config, platform_of(mesh), stored)
     graphdef, treedef, parameters = plan_parameters(family, config, chosen, mesh)
-    return ModelPlan(path, hf_config, max_model_len, load_format, family, config, chosen, graphdef, treedef, parameters)
+    return ModelPlan(
+        path, hf_config, max_model_len, load_format, family, config, chosen, graphdef, treedef, parameters, mesh
+    )
 
 
 def load_weights(plan: ModelPlan, *, seed: int = 0, show_progress: bool = True) -> tuple[jax.Array, ...]:
@@ -177,7 +191,7 @@ def load_model(path: str | Path, *, seed: int = 0, show_progress: bool = True, *
     return LoadedModel(plan, load_weights(plan, seed=seed, show_progress=show_progress))
 
 
-def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], mesh: Mesh, stored: str | None = None) -> np.dtype:
+def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], platform: str, stored: str | None = None) -> np.dtype:
     """The parameters' dtype.
 
     "auto" is the `stored` dtype of an engine-ready checkpoint; otherwise float32 on CPU, and on accelerators the
@@ -189,7 +203,7 @@ def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], mesh: Mesh, stored: 
     dtype = DTYPE_ALIASES.get(dtype, dtype)
     if dtype == "auto":
         declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        on_cpu = platform == "cpu"
         accelerator = "float16" if declared == "float16" else "bfloat16"
         dtype = stored or ("float32" if on_cpu else accelerator)
     if dtype not in DTYPES:
@@ -198,7 +212,7 @@ def resolve_dtype(dtype: str, hf_config: Mapping[str, Any], mesh: Mesh, stored: 
 
 
 def plan_parameters(
-    family: Family, config: ModelConfig, dtype: np.dtype, mesh: Mesh
+    family: Family, config: ModelConfig, dtype: np.dtype, mesh: Mesh | AbstractMesh
 ) -> tuple[nnx.GraphDef, PyTreeDef, Parameters]:  # pyright: ignore[reportInvalidTypeForm]
     """What the model's parameters will be and where they will lie, nothing allocated.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "model")
 
@@ -35,3 +35,16 @@ def make_mesh(
         )
     grid = np.array(devices[: data * model], dtype=object).reshape(data, model)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(data: int, model: int, device: AbstractDevice) -> AbstractMesh:
+    """The mesh of as many devices of that kind, which need not exist here."""
+    return AbstractMesh((data, model), AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """Of its devices: "cpu", "gpu" or "tpu"."""
+    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    if device is None:
+        raise ValueError("the abstract mesh does not say which devices it stands for")
+    return device.platform

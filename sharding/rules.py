@@ -7,7 +7,7 @@ is whole on every device.
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES: Mapping[str, str | None] = MappingProxyType(
     {
@@ -21,6 +21,11 @@ MESH_AXES: Mapping[str, str | None] = MappingProxyType(
         "L": None,  # layers
     }
 )
+
+
+def is_split(axis: str | None) -> bool:
+    """Whether the devices that share a copy of the model hold parts of this logical axis."""
+    return axis is not None and MESH_AXES[axis] == "model"
 
 
 def partition_spec(axes: Sequence[str | None], rules: Mapping[str, str | None] = MESH_AXES) -> PartitionSpec:
@@ -43,7 +48,10 @@ def partition_spec(axes: Sequence[str | None], rules: Mapping[str, str | None] =
 
 
 def named_sharding(
-    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], rules: Mapping[str, str | None] = MESH_AXES
+    mesh: Mesh | AbstractMesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Mapping[str, str | None] = MESH_AXES,
 ) -> NamedSharding:
     """The placement on `mesh` of an array with these logical axes and this shape.
 

@@ -126,6 +126,15 @@ class EngineArgs:
             choices=LOGPROBS_MODES,
         ),
     )
+    tensor_parallel_size: int = field(
+        default=1, metadata=about("devices that share each copy of the model", "parallel", "int", low=1)
+    )
+    data_parallel_size: int = field(
+        default=1,
+        metadata=about(
+            "copies of the model, on devices of their own; requests go to one of them", "parallel", "int", low=1
+        ),
+    )
     block_size: int | None = field(
         default=None,
         metadata=about(

@@ -16,6 +16,7 @@ from jaxserve.config.model_facts import (
     model_limit,
     model_vocab_size,
 )
+from jaxserve.config.parallel import ParallelConfig
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
@@ -33,6 +34,7 @@ class EngineConfig:
         vocab_size: rows of the embedding table, so token ids are below it.
         max_model_len: longest prompt plus output in tokens.
         fit_max_model_len: whether the memory plan may lower `max_model_len` (nobody asked for that very length).
+        parallel: sizes of the device mesh.
         block_size: tokens per cache page.
         served_model_names: at least one name.
         log_stats: collect statistics.
@@ -45,7 +47,6 @@ class EngineConfig:
     platform: str
     model: str | None
     chat_template: str | None
-    skip_tokenizer_init: bool
     load_format: str
     use_tqdm_on_load: bool
     dtype: str
@@ -56,8 +57,8 @@ class EngineConfig:
     served_model_names: tuple[str, ...]
     max_logprobs: int
     logprobs_mode: str
+    parallel: ParallelConfig
     block_size: int
-    gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
@@ -125,6 +126,7 @@ def resolve(
         "max_model_len": max_model_len,
         "fit_max_model_len": args.max_model_len is None,
         "served_model_names": tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
+        "parallel": ParallelConfig(args.tensor_parallel_size, args.data_parallel_size),
         "block_size": args.block_size or (32 if on_cpu else 64),
         "max_num_seqs": seqs,
         "max_num_batched_tokens": tokens,

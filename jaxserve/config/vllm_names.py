@@ -50,10 +50,8 @@ NO_EFFECT: Mapping[str, object] = {
 
 # Feature -> name -> values that do not ask for it, vLLM's default first; None also stands for empty containers.
 UNSUPPORTED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "more than one device": {
-        "tensor_parallel_size": (1,),
+    "this kind of parallelism": {
         "pipeline_parallel_size": (1,),
-        "data_parallel_size": (1,),
         "prefill_context_parallel_size": (1,),
         "decode_context_parallel_size": (1,),
         "cp_kv_cache_interleave_size": (1,),

@@ -1,6 +1,7 @@
 """The memory plan: how many cache pages fit next to the weights and the programs' working memory."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -54,21 +55,22 @@ class MemoryPlan:
         return "\n".join(["memory plan", *lines])
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype) -> int:
-    """Bytes of one page over all layers, its token ids included."""
-    shape = KVCache.shape(model.num_layers, 1, model.num_kv_heads, page_size, model.head_dim)
+def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype, parts: int = 1) -> int:
+    """Bytes of one page over all layers on each of `parts` devices that share it, its token ids included."""
+    shape = KVCache.shape(model.num_layers, 1, model.num_kv_heads // parts, page_size, model.head_dim)
     return int(np.prod(shape)) * np.dtype(dtype).itemsize + page_size * np.dtype(np.int32).itemsize
 
 
-def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype) -> int:
+def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, parts: int = 1) -> int:
     """First guess of a step's working memory, before its program has been compiled: what must exist at one time.
 
     Either a layer's activations or, later, the sampler's copies of the logits, and the hidden states beside both. The
     number of copies is what XLA needed on a GPU for 1,024 sequences and 151,936 tokens, with two sizes of layers.
+    `parts` devices share vocabulary, heads and MLP width.
     """
-    sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size * np.dtype(np.float32).itemsize
+    sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size // parts * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = 2 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads)
+    widest = 2 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads) // parts
     size = max(np.dtype(dtype).itemsize, 4)
     return max(sampler, bucket.tokens * widest * size) + 2 * bucket.tokens * model.hidden_size * size
 
@@ -81,6 +83,7 @@ def plan_memory(
     weights: int,
     working: int,
     dtype: np.dtype,
+    parts: int = 1,
 ) -> MemoryPlan:
     """Divide a device's memory. With `fit_max_model_len` the plan may shorten the context to what fits.
 
@@ -91,11 +94,12 @@ def plan_memory(
         weights: their bytes.
         working: bytes that a step needs besides.
         dtype: of the cache.
+        parts: devices that share a copy of the model; all bytes are those of one device.
 
     Raises:
         ValueError: when what is left cannot hold one request of `max_model_len` tokens; it names the numbers and flags.
     """
-    page = page_bytes(model, config.block_size, dtype)
+    page = page_bytes(model, config.block_size, dtype, parts)
     needed = -(-config.max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
         pages = config.num_gpu_blocks_override
@@ -126,12 +130,12 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
     return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
 
 
-def memory_limit(device: jax.Device) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes that an accelerator's allocator has left for the engine; None on CPU. Ask before a model takes any."""
-    if device.platform == "cpu":
+def memory_limit(devices: Sequence[jax.Device]) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
+    """Bytes that each accelerator's allocator has left for the engine; None on CPU. Ask before a model takes any."""
+    if devices[0].platform == "cpu":
         return None
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) - HOLE_BYTES
+    stats = [device.memory_stats() or {} for device in devices]
+    return min(one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats) - HOLE_BYTES
 
 
 def _too_small(plan: MemoryPlan, needed: int) -> str:

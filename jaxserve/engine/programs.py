@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from tqdm import tqdm
 
-from jaxserve.batch import Bucket, Level, Limits, State, packed_size
-from jaxserve.engine.tracing import ProgramStore, load_program
+from jaxserve.batch import Bucket, Level, Limits, State
+from jaxserve.engine.tracing import ProgramStore, buffer_shape, load_program
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ class StepCompiler:
 
     Attributes:
         leaves, state: what every step gets, as shapes.
+        mesh: of the devices that run it.
         trace: exports the step of a bucket.
         digest: names the program of a bucket.
         store: programs exported earlier, if any are kept.
@@ -140,6 +141,7 @@ class StepCompiler:
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     state: State
     limits: Limits
+    mesh: Mesh | AbstractMesh
     trace: Callable[[Bucket], bytes]
     digest: Callable[[Bucket], str]
     store: ProgramStore | None
@@ -154,8 +156,10 @@ class StepCompiler:
             if self.store is not None:
                 self.store.put(digest, blob)
         program = load_program(blob, self.state)
-        buffer = jax.ShapeDtypeStruct((packed_size(bucket, self.limits),), jnp.int32)
-        lowered = jax.jit(program, donate_argnums=1).lower(self.leaves, self.state, buffer)
+        buffer = buffer_shape(bucket, self.limits, self.mesh)
+        outputs = jax.tree.map(lambda shape: shape.sharding, (self.state, buffer))
+        jitted = jax.jit(program, donate_argnums=1, out_shardings=outputs)
+        lowered = jitted.lower(self.leaves, self.state, buffer)
         return lowered.compile(compiler_options=dict(self.options))
 
 

@@ -65,24 +65,24 @@ class Runner:
         self,
         model: ModelPlan,
         config: EngineConfig,
-        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
         *,
         threads: int,
     ) -> None:
         self.config = config
         self._model = model
-        self._device = device
+        self._devices = model.devices
+        self._platform = self._devices[0].platform
         self._threads = threads
-        self._memory_limit = memory_limit(device)
+        self._memory_limit = memory_limit(self._devices)
         self.buckets = Buckets(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.decode_steps,
-            accelerator=device.platform != "cpu",
+            accelerator=self._platform != "cpu",
         )
         self._table = SlotTable(config.max_num_seqs)
         self._leaves: tuple[jax.Array, ...] = ()
-        self._start(estimate_working(model.model_config, self.buckets.largest, self._cache_dtype))
+        self._start(estimate_working(model.model_config, self.buckets.largest, self._cache_dtype, self._parts))
 
     def _start(self, working: int) -> None:
         """Plan the memory, with so many bytes for the working memory of a step, and start compiling."""
@@ -90,14 +90,15 @@ class Runner:
             self.config,
             self._model.model_config,
             self._memory_limit,
-            weights=self._model.total_bytes,
+            weights=self._model.device_bytes,
             working=working,
             dtype=self._cache_dtype,
+            parts=self._parts,
         )
         self.config = self.config.fitted(self.plan.max_model_len)
         self._limits = self.limits(self.plan)
-        sharding = jax.sharding.SingleDeviceSharding(self._device)
-        self._abstract_state = state_shapes(self._model.model_config, self._limits, self._cache_dtype, sharding)
+        model = self._model
+        self._abstract_state = state_shapes(model.model_config, self._limits, self._cache_dtype, model.mesh)
         warmup = self.config.warmup
         self._tracers, compiler = self._compiler()
         self.programs = Programs(
@@ -109,20 +110,21 @@ class Runner:
 
     def _compiler(self) -> tuple[Tracers, StepCompiler]:
         """What traces and what compiles steps, for the sizes as they are planned now."""
-        model, mode, device = self._model, ScoreMode.parse(self.config.logprobs_mode), self._device
-        recipe = Recipe.of(model, self._limits, mode, device)
+        model, mode = self._model, ScoreMode.parse(self.config.logprobs_mode)
+        recipe = Recipe.of(model, self._limits, mode, self._devices[0])
         # Tracing beside each other pays where warming up is the rule and cores are plenty.
-        helpers = self._threads // 2 if self.config.warmup != "none" and device.platform != "cpu" else 0
+        helpers = self._threads // 2 if self.config.warmup != "none" and self._platform != "cpu" else 0
         tracers = Tracers(Tracer(recipe, model), recipe, helpers)
         cache = jax.config.jax_compilation_cache_dir
         compiler = StepCompiler(
             tuple(model.parameters.values()),
             self._abstract_state,
             self._limits,
+            model.mesh,
             tracers,
             recipe.digest,
             None if cache is None or not recipe.portable else ProgramStore(Path(cache) / "steps"),
-            COMPILER_OPTIONS.get(device.platform, {}),
+            COMPILER_OPTIONS.get(self._platform, {}),
         )
         return tracers, compiler
 
@@ -152,10 +154,16 @@ class Runner:
         logger.info("%s", self.plan.table())
         # The allocator fills the smallest gap that fits. Without one below the cache, a step's packed input or results
         # would land in the middle of the memory that the next step's temporaries need in one piece.
-        hole = None if self._memory_limit is None else jnp.zeros(HOLE_BYTES, jnp.int8).block_until_ready()
+        devices = [] if self._memory_limit is None else self._devices
+        hole = jax.block_until_ready([jnp.zeros(HOLE_BYTES, jnp.int8, device=device) for device in devices])
         self._state = _zeros(self._abstract_state)
         self._leaves = leaves
         del hole
+
+    @property
+    def _parts(self) -> int:
+        """Devices that share a copy of the model."""
+        return self._model.mesh.shape["model"]
 
     @property
     def _cache_dtype(self) -> np.dtype:

@@ -42,7 +42,8 @@ def build_parts(args: EngineArgs) -> Parts:
     path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
     hf_config = merge_overrides(read_hf_config(path), args.hf_overrides)
     set_memory_fraction(args.gpu_memory_utilization)
-    device = jax.devices()[0]
+    devices = jax.devices()
+    device = devices[0]
     config = resolve(
         args,
         hf_config,
@@ -51,6 +52,8 @@ def build_parts(args: EngineArgs) -> Parts:
         device_memory=_total_memory(device, args.gpu_memory_utilization),
         device_kind=device.device_kind,
     )
+    parallel = config.parallel
+    parallel.check_devices(len(devices))
     use_compilation_cache(config.compilation_cache_dir)
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
         tokenizer = pool.submit(_load_tokenizer, args, path)
@@ -59,13 +62,13 @@ def build_parts(args: EngineArgs) -> Parts:
             hf_config=hf_config,
             dtype=config.dtype,
             load_format=config.load_format,
-            mesh=make_mesh(devices=[device]),
+            mesh=make_mesh(parallel.data_parallel_size, parallel.tensor_parallel_size, devices),
             max_model_len=config.max_model_len,
         )
-        if args.decode_steps is None and model.total_bytes > SLOW_BYTES:
+        if args.decode_steps is None and model.device_bytes > SLOW_BYTES:
             config = replace(config, decode_steps=1)
         # XLA uses several cores for a program, and the engine is at work beside.
-        runner = Runner(model, config, device, threads=max(1, (os.cpu_count() or 1) // 4))
+        runner = Runner(model, config, threads=max(1, (os.cpu_count() or 1) // 4))
         try:
             start = time.perf_counter()
             leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)

@@ -12,14 +12,16 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxserve.batch import Bucket, Level, Limits, State, packed_size
@@ -28,7 +30,7 @@ from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
 from jaxserve.weights import ModelPlan, plan_model
 from pallas_kernels.dispatch import announce, recorded
-from sharding.mesh import make_mesh
+from sharding.mesh import abstract_mesh
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
@@ -44,7 +46,8 @@ class Recipe:
         hf_config: of the model, in Hugging Face's keys.
         max_model_len: that the model was planned for.
         dtype: of parameters and cache.
-        device: kind, number of cores and platform of the device that the steps are for.
+        device: kind, number of cores and platform of the devices that the steps are for.
+        mesh: sizes of the axes "data" and "model".
     """
 
     hf_config: Mapping[str, Any]
@@ -53,13 +56,15 @@ class Recipe:
     limits: Limits
     mode: ScoreMode
     device: tuple[str, int | None, str]
+    mesh: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
-        """For this model on this device (a jax device)."""
+        """For this model on the devices of its mesh, of which one is `device`."""
         cores = device.core_count if device.platform == "gpu" else None
         place = (device.device_kind, cores, device.platform)
-        return cls(model.hf_config, model.max_model_len, str(model.dtype), limits, mode, place)
+        sizes = (model.mesh.shape["data"], model.mesh.shape["model"])
+        return cls(model.hf_config, model.max_model_len, str(model.dtype), limits, mode, place, sizes)
 
     def dumps(self) -> str:
         """As JSON; raises `TypeError` if the config holds what JSON has no word for."""
@@ -78,7 +83,7 @@ class Recipe:
         """The recipe that `dumps` wrote."""
         values = json.loads(text)
         values |= {"limits": Limits(**values["limits"]), "mode": ScoreMode(*values["mode"])}
-        return cls(**values | {"device": tuple(values["device"])})
+        return cls(**values | {name: tuple(values[name]) for name in ("device", "mesh")})
 
     def plan(self) -> ModelPlan:
         """The model again, from its config alone."""
@@ -87,9 +92,15 @@ class Recipe:
             hf_config=self.hf_config,
             dtype=self.dtype,
             load_format="dummy",
-            mesh=make_mesh(devices=jax.devices()[:1]),
+            mesh=self.abstract_mesh,
             max_model_len=self.max_model_len,
         )
+
+    @property
+    def abstract_mesh(self) -> jax.sharding.AbstractMesh:
+        """Stands for the devices, which need not exist here."""
+        kind, cores, platform = self.device
+        return abstract_mesh(*self.mesh, jax.sharding.AbstractDevice(kind, cores, platform))
 
     def digest(self, bucket: Bucket) -> str:
         """Names the program of a bucket; changes with our code, the libraries and jax's settings, too."""
@@ -120,20 +131,24 @@ def code_digest() -> str:
     return found.hexdigest()
 
 
-def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> State:
-    """What lives on the device between steps, as shapes."""
+STATE_SPECS = P(None, "data", None, "model"), P("data"), P("data")  # of the leaves of a `State`
+
+
+def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh) -> State:
+    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other."""
+    pools = mesh.shape["data"]
     cache_shape = KVCache.shape(
-        model.num_layers, limits.num_pages, model.num_kv_heads, limits.page_size, model.head_dim
+        model.num_layers, limits.num_pages * pools, model.num_kv_heads, limits.page_size, model.head_dim
     )
 
-    def array(shape: tuple[int, ...], dtype: np.dtype) -> Any:  # stands where State wants an array
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    return State(
-        cache=KVCache(array(cache_shape, dtype)),
-        tokens=array((limits.num_pages, limits.page_size), np.dtype(np.int32)),
-        last_token=array((limits.max_num_seqs,), np.dtype(np.int32)),
+    ids = np.dtype(np.int32)
+    history, slots = (limits.num_pages * pools, limits.page_size), (limits.max_num_seqs * pools,)
+    arrays = (cache_shape, dtype), (history, ids), (slots, ids)
+    cache, tokens, last_token = (
+        cast(Any, jax.ShapeDtypeStruct(*array, sharding=NamedSharding(mesh, spec)))
+        for array, spec in zip(arrays, STATE_SPECS, strict=True)
     )
+    return State(KVCache(cache), tokens, last_token)
 
 
 class Tracer:
@@ -147,29 +162,47 @@ class Tracer:
     def __call__(self, bucket: Bucket) -> bytes:
         """The serialized program `(leaves, leaves of the state, buffer) -> (leaves of the new state, results)`.
 
-        A line of JSON goes before it: which implementation serves each op.
+        A line of JSON goes before it: which implementation serves each op. Each device runs the same step on its part
+        of the weights and of the state; those that share a copy of the model add up their parts where layers say so.
         Kernels learn of the device from the abstract mesh, so that any process makes the same program.
         """
-        recipe, model = self._recipe, self._model
-        kind, cores, platform = recipe.device
-        state = state_shapes(model.model_config, recipe.limits, model.dtype, None)
+        recipe, model, mesh = self._recipe, self._model, self._recipe.abstract_mesh
+        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh)
         shapes, tree = jax.tree.flatten(state)
+        kept_specs = list(STATE_SPECS)
 
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)
             new, packed = step(model.merge(leaves), old, buffer, bucket, recipe.limits, recipe.mode)
             return jax.tree.leaves(new), packed
 
-        leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in model.parameters.values())
-        buffer = jax.ShapeDtypeStruct((packed_size(bucket, recipe.limits),), jnp.int32)
-        device = jax.sharding.AbstractDevice(kind, cores, platform)
-        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        leaves = tuple(model.parameters.values())
+        arguments = leaves, shapes, buffer_shape(bucket, recipe.limits, mesh)
+        if mesh.size > 1:
+            ins = tuple(leaf.sharding.spec for leaf in leaves), kept_specs, P("data")
+            program = jax.shard_map(
+                program, mesh=mesh, in_specs=ins, out_specs=(kept_specs, P("data")), check_vma=False
+            )
+        else:
+            mesh = AbstractMesh((), (), abstract_device=mesh.abstract_device)
+        given = jax.tree.map(partial(_on, mesh), arguments)
+        platform = recipe.device[2]
         platforms = [EXPORT_PLATFORM.get(platform, platform)]
         with recorded() as notes, jax.sharding.use_abstract_mesh(mesh):
-            exported = jax.export.export(jax.jit(program, donate_argnums=1), platforms=platforms)(
-                leaves, shapes, buffer
-            )
+            exported = jax.export.export(jax.jit(program, donate_argnums=1), platforms=platforms)(*given)
         return json.dumps(notes).encode() + b"\n" + exported.serialize()
+
+
+def _on(mesh: AbstractMesh, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The array on that mesh; without one, on no device in particular."""
+    sharding = None if mesh.empty else NamedSharding(mesh, shape.sharding.spec)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def buffer_shape(bucket: Bucket, limits: Limits, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
+    """The packed inputs of a step, one buffer after the other for the shards of "data"."""
+    words = packed_size(bucket, limits) * mesh.shape["data"]
+    return jax.ShapeDtypeStruct((words,), jnp.int32, sharding=NamedSharding(mesh, P("data")))
 
 
 def load_program(blob: bytes, state: State) -> Any:

@@ -5,17 +5,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.linear import contract, normal
+from sharding.collectives import shard, shards, total
 
 
 class Embedding(nnx.Module):
-    """A table `[V, D]`."""
+    """A table `[V, D]`; where the vocabulary is split, logits are those of this device's part."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(rngs, (vocab_size, hidden_size), hidden_size**-0.5, dtype), axes=("V", "D"))
 
     def __call__(self, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:
         # Ids are checked on the host; clipping only spares XLA the fill value of out-of-range rows.
-        return jnp.take(self.table[...], token_ids, axis=0, mode="clip")
+        table = self.table[...]
+        if shards() == 1:
+            return jnp.take(table, token_ids, axis=0, mode="clip")
+        local = token_ids - shard() * len(table)
+        mine = (local >= 0) & (local < len(table))
+        return total(jnp.where(mine[:, None], jnp.take(table, local, axis=0, mode="clip"), 0))
 
     def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Products with every row of the table, in float32."""

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sharding.collectives import total
+from sharding.rules import is_split
+
 Axes = tuple[tuple[str | None, int], ...]  # (logical axis name or None where it is never sharded, size)
 
 FEW_ROWS = 16  # up to so many rows, XLA on CPU is faster with the weights as left operand
@@ -68,7 +71,8 @@ class Linear(nnx.Module):
 
     The kernel is `[*outputs, *inputs]`, as checkpoints store it, so that each output's weights are contiguous: XLA on
     CPU packs and streams this order up to twice as fast as the other, and GPUs do not mind. Where an axis is to be
-    sharded it comes first among its group, so that merging the group keeps the shards whole.
+    sharded it comes first among its group, so that merging the group keeps the shards whole. Where an input axis is
+    split, each device has a part of every sum: the parts are added up before the bias.
 
     Random weights keep the variance of their input, so that models with made-up weights stay finite.
     """
@@ -79,8 +83,10 @@ class Linear(nnx.Module):
         kernel = normal(rngs, tuple(size for _, size in axes), std, dtype)
         self.kernel = nnx.Param(kernel, axes=tuple(name for name, _ in axes))
         zeros = jnp.zeros(tuple(size for _, size in outputs), dtype)
+        self.partial = any(is_split(name) for name, _ in inputs)
         self.bias = nnx.Param(zeros, axes=tuple(name for name, _ in outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "T *inputs"], out_dtype: jnp.dtype | None = None) -> Float[Array, "T *outputs"]:
         y = contract(x, self.kernel[...], out_dtype)
+        y = total(y) if self.partial else y
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -1,7 +1,7 @@
 """What the shared blocks must know about a model, and how it is read from a Hugging Face config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.layers.mlp import ACTIVATIONS
@@ -22,6 +22,7 @@ class ModelConfig:
         attention_soft_cap, logit_soft_cap: `c` in `c * tanh(x / c)`, applied to attention scores and to logits.
         norm_offset: what is added to the stored scales of the norms.
         embedding_scale: factor of the token embeddings, rounded to the model's dtype.
+        kv_copies: how many of the `num_kv_heads` are copies of one head of the checkpoint.
     """
 
     num_layers: int
@@ -48,6 +49,21 @@ class ModelConfig:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     embedding_scale: float | None = None
+    kv_copies: int = 1
+
+    def split(self, parts: int) -> "ModelConfig":
+        """What `parts` devices that share a copy of the model serve: with fewer KV heads than devices, each copied.
+
+        Raises:
+            ValueError: the heads cannot be dealt out evenly.
+        """
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % parts or (kv_heads % parts and parts % kv_heads):
+            raise ValueError(
+                f"tensor_parallel_size={parts} does not deal out {heads} query heads and {kv_heads} key/value heads "
+                f"evenly; choose a divisor of {heads} that divides {kv_heads} or is a multiple of it"
+            )
+        return self if kv_heads >= parts else replace(self, num_kv_heads=parts, kv_copies=parts // kv_heads)
 
     def __post_init__(self) -> None:
         if len(self.layer_types) != self.num_layers:

@@ -55,7 +55,8 @@ def rope(attributes: Attributes, fields: Mapping[str, Any], max_model_len: int |
 def split_qkv(config: ModelConfig, sources: list[np.ndarray]) -> np.ndarray:
     """All queries, all keys, all values `[(N + 2 K) * H, D]`, regrouped per KV head."""
     (source,) = sources
-    heads = np.array([config.num_heads, config.num_heads + config.num_kv_heads]) * config.head_dim
+    kv_heads = config.num_kv_heads // config.kv_copies
+    heads = np.array([config.num_heads, config.num_heads + kv_heads]) * config.head_dim
     return fused_qkv(config, np.split(source, heads))
 
 

@@ -52,10 +52,13 @@ def reshaped(shape: tuple[int, ...], sources: list[np.ndarray]) -> np.ndarray:
 
 
 def fused_qkv(config: ModelConfig, sources: list[np.ndarray]) -> np.ndarray:
-    """q, k and v, weights `[heads * H, D]` or biases `[heads * H]`, side by side per KV head: `[K, G + 2, H, ...]`."""
-    rest = sources[0].shape[1:]
-    parts = [source.reshape(config.num_kv_heads, -1, config.head_dim, *rest) for source in sources]
-    return np.concatenate(parts, axis=1)
+    """q, k and v, weights `[heads * H, D]` or biases `[heads * H]`, side by side per KV head: `[K, G + 2, H, ...]`.
+
+    Each key and value head stands in `config.kv_copies` places.
+    """
+    q, *others = (source.reshape(-1, config.head_dim, *source.shape[1:]) for source in sources)
+    parts = [other[:, None].repeat(config.kv_copies, axis=0) for other in others]
+    return np.concatenate([q.reshape(config.num_kv_heads, -1, *q.shape[1:]), *parts], axis=1)
 
 
 def fused_gate_up(sources: list[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,7 @@ def top_k_top_p_floor(
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
     *,
+    axis: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "S"]:
     """The floor of each row's sampling set, which is every token with a logit at or above it.
@@ -34,6 +35,7 @@ def top_k_top_p_floor(
 
     Args:
         logits: float32; top_k: int32; top_p, min_p: float32; one value per row.
+        axis: of the mesh, inside a `shard_map`, over which each device holds `V` of the row's logits.
         implementation: a name in `OP.table` for that one or failure, None for the first that can serve.
 
     Raises:
@@ -43,4 +45,4 @@ def top_k_top_p_floor(
     if logits.dtype != "float32":
         raise ValueError(f"logits must be float32, not {logits.dtype}; cast them first")
     with jax.named_scope("top_k_top_p_floor"):
-        return OP(implementation, logits, top_k, top_p, min_p)
+        return OP(implementation, logits, top_k, top_p, min_p, axis=axis)

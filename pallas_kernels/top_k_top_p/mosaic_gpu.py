@@ -50,14 +50,21 @@ class Sizes:
 
 
 def top_k_top_p_floor(
-    logits: Float[Array, "S V"], top_k: Int[Array, "S"], top_p: Float[Array, "S"], min_p: Float[Array, "S"]
+    logits: Float[Array, "S V"],
+    top_k: Int[Array, "S"],
+    top_p: Float[Array, "S"],
+    min_p: Float[Array, "S"],
+    *,
+    axis: str | None = None,
 ) -> Float[Array, "S"]:
     """See `pallas_kernels.top_k_top_p.top_k_top_p_floor`.
 
     Raises:
-        NotImplementedError: not on a Hopper GPU, or fewer than 128 logits.
+        NotImplementedError: not on a Hopper GPU, fewer than 128 logits, or rows that several devices share.
     """
     require_hopper()
+    if axis is not None:
+        raise NotImplementedError(f"rows shared by the devices of the mesh axis {axis!r}")
     if logits.shape[1] < LANES:
         raise NotImplementedError(f"{logits.shape[1]} logits a row are fewer than {LANES}")
     return floor(logits, top_k, top_p, min_p)

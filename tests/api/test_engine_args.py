@@ -38,6 +38,8 @@ VLLM_DEFAULTS = {
     "override_generation_config": {},
     "max_logprobs": 20,
     "logprobs_mode": "raw_logprobs",
+    "tensor_parallel_size": 1,
+    "data_parallel_size": 1,
     "block_size": None,
     "gpu_memory_utilization": 0.92,
     "kv_cache_memory_bytes": None,
@@ -195,9 +197,10 @@ def test_every_unsupported_option_is_refused(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{"enable_lora": True}, {"tensor_parallel_size": 2}, {"trust_remote_code": True}, {"speculative_config": {"a": 1}},
-     {"quantization": "fp8"}, {"cpu_offload_gb": 0.5}, {"limit_mm_per_prompt": {"image": 1}}, {"runner": "pooling"},
-     {"enable_prompt_embeds": True}, {"max_num_partial_prefills": 2}, {"tensor_parallel_size": True}],
+    [{"enable_lora": True}, {"pipeline_parallel_size": 2}, {"trust_remote_code": True},
+     {"speculative_config": {"a": 1}}, {"quantization": "fp8"},
+     {"cpu_offload_gb": 0.5}, {"limit_mm_per_prompt": {"image": 1}}, {"runner": "pooling"},
+     {"enable_prompt_embeds": True}, {"max_num_partial_prefills": 2}, {"pipeline_parallel_size": True}],
 )  # fmt: skip
 def test_features_that_do_not_exist_yet(options):
     with pytest.raises(UnsupportedError, match=next(iter(options))):
@@ -215,7 +218,7 @@ def test_metadata_is_complete():
         about = field.metadata
         assert about["help"], name
         assert about["help"][-1] != ".", name
-        assert about["group"] in ("model", "sampling", "cache", "scheduler", "engine"), name
+        assert about["group"] in ("model", "sampling", "parallel", "cache", "scheduler", "engine"), name
         assert about["parse"] is PARSERS[about["kind"]], name
         assert (about["parse"] is None) == (field.type is bool or field.type == "bool"), name
         default = default_of(field)

@@ -113,7 +113,7 @@ MISTAKES = {
     "generate hi --dtype int8": "invalid choice: 'int8'",
     "generate hi --max-model-len 5q": "'5q' is no whole number",
     "generate hi --gpu-memory-utilization 3": "gpu_memory_utilization must be at most 1",
-    "generate hi --tensor-parallel-size 2": "tensor_parallel_size=2",
+    "generate hi --pipeline-parallel-size 2": "pipeline_parallel_size=2",
     "generate - -": "can be read once only",
     "generate hi --input-file x": "not both",
     "generate --chat --input-file x": "--chat is for prompts",

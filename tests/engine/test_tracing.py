@@ -15,7 +15,7 @@ from jaxserve.batch import Bucket, Level, Limits, packed_size
 from jaxserve.engine.helpers import Helper, Tracers
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, load_program, state_shapes
-from jaxserve.weights import load_weights
+from jaxserve.weights import load_weights, plan_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 H100 = ("NVIDIA H100 80GB HBM3", 132, "gpu")
@@ -31,8 +31,10 @@ def recipe(folder: Path, device=CPU, **changes) -> Recipe:
 
 def run(blob: bytes, recipe: Recipe, bucket: Bucket) -> np.ndarray:
     """The results of the exported step on dummy weights and an all but empty batch."""
-    model = recipe.plan()
-    shapes = state_shapes(model.model_config, recipe.limits, model.dtype, None)
+    model = plan_model(
+        ".", hf_config=recipe.hf_config, dtype=recipe.dtype, load_format="dummy", max_model_len=recipe.max_model_len
+    )
+    shapes = state_shapes(model.model_config, recipe.limits, model.dtype, model.mesh)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     buffer = jnp.ones(packed_size(bucket, recipe.limits), jnp.int32)
     return np.asarray(jax.jit(load_program(blob, state))(load_weights(model), state, buffer)[1])
@@ -52,6 +54,7 @@ def test_whatever_changes_a_program_changes_its_name(tiny_model: Path):
         recipe(tiny_model, rms_norm_eps=1e-6),
         replace(first, dtype="bfloat16"),
         replace(first, max_model_len=64),
+        replace(first, mesh=(1, 2)),
         replace(first, limits=replace(first.limits, num_pages=17)),
         replace(first, mode=ScoreMode.parse("processed_logprobs")),
     ]
@@ -108,8 +111,9 @@ def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
     """Head width 64 and one key head per two: all kernels of a Hopper GPU serve."""
     plan = recipe(tiny_model, H100, hidden_size=256, head_dim=64)
     for bucket in (DRAW, Bucket(64, 4, Level.SAMPLE, 1024)):
-        notes = json.loads(Tracer(plan)(bucket).partition(b"\n")[0])
-        assert {"paged_attention: mosaic_gpu", "rope_kv_write: mosaic_gpu"} <= set(notes)
+        for mesh in ((1, 1), (2, 2)):
+            notes = json.loads(Tracer(replace(plan, mesh=mesh))(bucket).partition(b"\n")[0])
+            assert {"paged_attention: mosaic_gpu", "rope_kv_write: mosaic_gpu"} <= set(notes)
 
 
 def test_an_older_gpu_gets_plain_programs(tiny_model: Path):

@@ -1,5 +1,7 @@
 """Loading into placed arrays, from every format, and the errors of checkpoints that do not fit."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -99,24 +101,31 @@ def test_parameters_are_placed_by_the_rules(folder, tensors):
     assert by_name["norm.scale"].sharding.is_fully_replicated
     qkv = by_name["layers.1.attention.qkv.kernel"]
     assert qkv.sharding.shard_shape(qkv.shape)[0] == 1  # two KV heads over two devices
-    with pytest.raises(ValueError, match=r"parameter layers.0.attention.* axis K of size 2 .* 4 devices"):
-        load(folder, mesh=make_mesh(model=4))
+    with pytest.raises(ValueError, match="size=3 does not deal out 4 query heads and 2 key/value heads"):
+        load(folder, mesh=make_mesh(model=3))
+
+
+def test_fewer_kv_heads_than_devices_are_copied(folder, tensors):
+    loaded, whole = load(folder, mesh=make_mesh(model=4)), load(folder)
+    name = "layers.1.attention.qkv.kernel"
+    copied, qkv = (dict(zip(one.names, one.leaves, strict=True))[name] for one in (loaded, whole))
+    heads, group = len(qkv), qkv.shape[1] - 2  # query heads per key head, then its key and its value
+    for device in range(4):
+        head, half = divmod(device, 2)
+        queries = qkv[head, half * group // 2 : (half + 1) * group // 2]
+        np.testing.assert_array_equal(copied[device], np.concatenate([queries, qkv[head, group:]]))
+    assert heads == 2
 
 
 def test_auto_dtype_on_an_accelerator():
-    class Device:
-        platform = "gpu"
-
-    mesh = make_mesh()
-    fake = type("FakeMesh", (), {"devices": np.array([[Device()]], dtype=object)})()
-    resolve = resolve_dtype.__wrapped__
-    names = [resolve("auto", config, fake).name for config in (
+    resolve = partial(resolve_dtype, platform="gpu")
+    names = [resolve("auto", config).name for config in (
         {"dtype": "float32"}, {"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {})]  # fmt: skip
     assert names == ["bfloat16", "float16", "bfloat16", "bfloat16"]
-    assert resolve("auto", {}, fake, "float32") == np.float32
-    assert resolve_dtype("auto", {"dtype": "bfloat16"}, mesh) == np.float32
+    assert resolve("auto", {}, stored="float32") == np.float32
+    assert resolve_dtype("auto", {"dtype": "bfloat16"}, "cpu") == np.float32
     with pytest.raises(ValueError, match="'int8' is not one of auto, bfloat16"):
-        resolve_dtype("int8", {}, mesh)
+        resolve_dtype("int8", {}, "cpu")
 
 
 def test_dummy_weights(folder):
