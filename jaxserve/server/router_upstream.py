@@ -1,7 +1,6 @@
 """How the router talks to replicas: the only file that knows the HTTP client library.
 
-Bodies go through as bytes: nothing is decompressed, decoded or followed. The transport of httpx is used without its
-client, whose redirects, cookies and environment variables have no place in a proxy.
+Bodies go through as bytes: nothing is decompressed, decoded or followed.
 """
 
 import asyncio
@@ -9,17 +8,20 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-import httpx
+import aiohttp
+from yarl import URL
 
 CONNECT_SECONDS = 3.0
 KEEP_SECONDS = 3.0  # an idle connection is kept; less than uvicorn's 5, so that the replica never closes one first
-KEPT_CONNECTIONS = 256
+MIB = 1 << 20
 
 # Of one connection, not of the message (RFC 9110, section 7.6.1), or written anew for each connection.
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
     b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"host", b"content-length", b"date", b"server",
 })  # fmt: skip
+# What aiohttp would add by itself.
+NOT_ADDED = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -43,10 +45,10 @@ class Answer:
         status, headers: hop-by-hop headers and the body's length are gone.
     """
 
-    def __init__(self, response: httpx.Response):
+    def __init__(self, response: aiohttp.ClientResponse):
         self._response = response
-        self.status = response.status_code
-        self.headers = end_to_end(response.headers.raw)
+        self.status = response.status
+        self.headers = end_to_end(response.raw_headers)
 
     def header(self, name: bytes) -> bytes:
         """The first header of this (lower-case) name, or nothing."""
@@ -54,12 +56,10 @@ class Answer:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives; raises `UpstreamError` where it breaks off."""
-        stream = self._response.stream
-        assert isinstance(stream, httpx.AsyncByteStream)
         try:
-            async for chunk in stream:
+            async for chunk in self._response.content.iter_any():
                 yield chunk
-        except (httpx.HTTPError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(f"the answer broke off: {describe(error)}") from error
 
     async def read(self) -> bytes:
@@ -68,23 +68,30 @@ class Answer:
 
     async def close(self) -> None:
         """Free the connection; one with an unread answer is closed, which tells the replica to stop."""
-        await self._response.aclose()
+        self._response.release()
 
 
 class Upstream:
-    """A pool of connections to the replicas.
+    """A pool of connections to the replicas; made inside a running event loop.
 
     Args:
         ca_certs: file with certificates of authorities to trust for https, instead of the system's.
     """
 
     def __init__(self, ca_certs: str | None = None):
-        context = ssl.create_default_context(cafile=ca_certs)
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=KEEP_SECONDS
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=KEEP_SECONDS,
+            ssl=ssl.create_default_context(cafile=ca_certs),
+            socket_factory=_make_socket,
         )
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=context, trust_env=False, limits=limits, socket_options=_socket_options()
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=NOT_ADDED,
+            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=CONNECT_SECONDS),
+            read_bufsize=MIB,
         )
 
     async def ask(self, method: str, url: str, headers: Headers, body: bytes | None = None) -> Answer:
@@ -93,11 +100,11 @@ class Upstream:
         Raises:
             UpstreamError: there is no connection, or it ended before an answer began.
         """
-        request = httpx.Request(method, url, headers=headers, content=body)
-        request.extensions = {"timeout": {"connect": CONNECT_SECONDS, "read": None, "write": None, "pool": None}}
+        pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        target = URL(url, encoded=True)
         try:
-            return Answer(await self._transport.handle_async_request(request))
-        except (httpx.HTTPError, OSError) as error:
+            return Answer(await self._session.request(method, target, headers=pairs, data=body, allow_redirects=False))
+        except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(describe(error)) from error
 
     async def fetch(self, url: str, headers: Headers, seconds: float, method: str = "GET") -> tuple[Answer, bytes]:
@@ -114,7 +121,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._transport.aclose()
+        await self._session.close()
 
 
 def describe(error: BaseException) -> str:
@@ -123,9 +130,14 @@ def describe(error: BaseException) -> str:
     return text[:200] or type(error).__name__
 
 
-def _socket_options() -> list[tuple[int, int, int]]:
-    """Small events leave at once, and a host that vanished is noticed within about 35 s, also while an answer waits."""
+def _make_socket(address: tuple) -> socket.socket:
+    """A socket on which small events leave at once, and which notices within about 35 s that a host has vanished."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
     wanted = [("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1)]
     wanted += [("IPPROTO_TCP", f"TCP_KEEP{name}", value) for name, value in (("IDLE", 15), ("INTVL", 5), ("CNT", 4))]
     known = vars(socket)  # not every system has all of them
-    return [(known[level], known[name], value) for level, name, value in wanted if name in known]
+    for level, name, value in wanted:
+        if name in known:
+            made.setsockopt(known[level], known[name], value)
+    return made
