@@ -265,7 +265,8 @@ def pack(work: Work, bucket: Bucket, limits: Limits, table: SlotTable, edits: Ed
     np.cumsum(work.num_tokens, out=view["cu_q_lens"][1 : rows + 1])
     view["kv_lens"][:rows] = work.starts + work.num_tokens
     view["row_ids"][:total] = np.repeat(np.arange(rows, dtype=np.int32), work.num_tokens)
-    np.take(work.page_table, work.slots, axis=0, out=view["page_table"][:rows])
+    if rows:
+        np.take(work.page_table, work.slots, axis=0, out=view["page_table"][:rows])
     if bucket.steps > 1:
         view["capacity"][:rows] = [len(sequence.pages) * limits.page_size for sequence in work.sequences]
     _fill_tokens(work, view["token_ids"], view["cu_q_lens"], view.get("targets"))

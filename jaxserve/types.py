@@ -177,6 +177,7 @@ class Sequence:
         stop_ids: token ids that end it, end-of-sequence ids included unless ignored.
         eos_ids: those of `stop_ids` that are the model's own and so are not reported as `stop_reason`.
         slot: row of the device state and of the page table, -1 while not running.
+        pool: number of the page pool, and so of the copy of the model, that serves it.
     """
 
     request: Request
@@ -200,6 +201,7 @@ class Sequence:
     num_preemptions: int = 0
     stats: RequestStateStats = field(default_factory=RequestStateStats)
     needs_host: bool = True
+    pool: int = 0
 
     @property
     def params(self) -> SamplingParams:
@@ -252,6 +254,12 @@ class Work:
     samples: np.ndarray
     page_table: np.ndarray
     steps: int = 1
+
+    @classmethod
+    def nothing(cls) -> "Work":
+        """The plan of a copy of the model that has nothing to do in a step of the others."""
+        none = np.zeros(0, np.int32)
+        return cls([], none, none, none, np.zeros(0, np.bool_), np.zeros((1, 1), np.int32))
 
     @property
     def total_tokens(self) -> int:

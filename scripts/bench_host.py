@@ -27,10 +27,10 @@ from jaxserve.batch import Level, Limits, SlotTable, pack
 from jaxserve.checkpoints import find_model
 from jaxserve.cli.bench import processor
 from jaxserve.config import EngineArgs, resolve
-from jaxserve.engine.edits import step_edits
+from jaxserve.engine.balancer import Plan
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.programs import Buckets
-from jaxserve.engine.runner import InFlight, Runner
+from jaxserve.engine.runner import InFlight, Runner, fitting
 from jaxserve.engine.setup import Parts
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Detokenizer, Tokenizer, load_tokenizer
@@ -113,19 +113,16 @@ class HostRunner:
         self._tokens = np.random.default_rng(0).integers(100, 2100, 1 << 20, np.int32)
         self._next = 0
 
-    def launch(self, work: Work) -> InFlight:
+    def launch(self, plan: Plan) -> InFlight:
         """As `Runner.launch`, but nothing runs."""
-        self._table.update(work.sequences)
-        level = self._table.level(work)
-        edits = step_edits(work) if level >= Level.SAMPLE else []
-        bucket = self._buckets.choose(work.total_tokens, len(work.sequences), level, len(edits), work.steps)
-        pack(work, bucket, self._limits, self._table, edits)
+        bucket, edits = fitting(plan, [self._table], self._buckets)
+        pack(cast(Work, plan[0]), bucket, self._limits, self._table, edits[0])
         words = bucket.steps * bucket.seqs
         if bucket.level >= Level.SAMPLE and bucket.steps == 1:
             words += bucket.seqs * (2 + 2 * self._limits.max_logprobs)
         self._next = (self._next + words) % (len(self._tokens) // 2)
         packed = self._tokens[self._next : self._next + words]
-        return InFlight(work, bucket, self._limits, cast(jax.Array, packed))
+        return InFlight(plan, bucket, self._limits, cast(jax.Array, packed))
 
 
 def build(case: Case, tokenizer: Tokenizer | None, clock: Clock) -> LLMEngine:

@@ -37,8 +37,8 @@ class ParallelConfig:
     def check_devices(self, available: int) -> None:
         """Raise `ParameterError` if there are fewer devices than all copies need."""
         rule = (
-            f"need at most the {available} devices there are: {self.tensor_parallel_size} (tensor_parallel_size) x "
-            f"{self.data_parallel_size} (data_parallel_size) are {self.world_size_across_dp}"
+            f"be at most {available}, the number of devices there are; {self.tensor_parallel_size} devices for each of "
+            f"{self.data_parallel_size} copies of the model are {self.world_size_across_dp}"
         )
-        name = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "data_parallel_size"
-        require(self.world_size_across_dp <= available, name, getattr(self, name), rule)
+        name = "tensor_parallel_size x data_parallel_size"
+        require(self.world_size_across_dp <= available, name, self.world_size_across_dp, rule)

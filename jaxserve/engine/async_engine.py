@@ -190,7 +190,7 @@ class AsyncLLMEngine:
     @property
     def waiting_tokens(self) -> int:
         """Tokens of the sequences that wait."""
-        return self._engine.scheduler.waiting.num_tokens
+        return self._engine.scheduler.waiting_tokens
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its generator yields a last output with `finish_reason="abort"`."""

@@ -9,6 +9,7 @@ from typing import Any, no_type_check
 import numpy as np
 
 from jaxserve.config import EngineArgs, EngineConfig
+from jaxserve.engine.balancer import Balancer
 from jaxserve.engine.metrics import Metric, Metrics
 from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host
 from jaxserve.engine.pages import Pages
@@ -34,17 +35,9 @@ class LLMEngine:
         config = parts.config
         self.tokenizer: Tokenizer | None = parts.tokenizer
         self.runner: Runner = parts.runner
-        pages = Pages(parts.runner.plan.num_pages, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            pages=pages,
-            policy=config.scheduling_policy,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            long_prefill_token_threshold=config.long_prefill_token_threshold,
-            decode_steps=config.decode_steps,
-        )
+        pages = parts.runner.plan.num_pages
+        copies = config.parallel.data_parallel_size
+        self.scheduler: Balancer = Balancer([make_scheduler(config, pages) for _ in range(copies)])
         self._metrics = Metrics() if config.log_stats else None
         self._outputs = OutputProcessor(parts.tokenizer, self.scheduler, self._metrics)
         self._inflight: InFlight | None = None
@@ -120,14 +113,14 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then finish the one launched before; returns what became due."""
-        work = self.scheduler.schedule()
-        launched = None if work is None else self.runner.launch(work)
+        plan = self.scheduler.schedule()
+        launched = None if plan is None else self.runner.launch(plan)
         previous, self._inflight = self._inflight, launched
         outputs = self._failed()
         if previous is not None:
-            results = previous.results()
-            gained = self.scheduler.commit(previous.work, results.tokens)
-            outputs += self._outputs.process(previous.work, results, gained)
+            for work, results in previous.results():
+                gained = self.scheduler.commit(work, results.tokens)
+                outputs += self._outputs.process(work, results, gained)
         return outputs
 
     def _failed(self) -> list[RequestOutput]:
@@ -136,7 +129,7 @@ class LLMEngine:
         for sequence in self.scheduler.take_failed():
             record = self._outputs.records.get(sequence.request.request_id)
             if record is not None:
-                room = self.scheduler.pages.num_pages * self.config.block_size
+                room = self.runner.plan.cache_tokens
                 message = (
                     f"The cache holds {room} tokens, too few for this request's {sequence.num_tokens}; "
                     "raise gpu_memory_utilization or kv_cache_memory_bytes."
@@ -154,7 +147,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False (and a warning) while pages are in use."""
-        if self.scheduler.pages.reset():
+        if self.scheduler.reset_prefix_cache():
             return True
         logger.warning("the prefix cache was not reset: %d requests still hold pages", self.scheduler.num_running)
         return False
@@ -167,17 +160,17 @@ class LLMEngine:
         """
         if self._metrics is None:
             raise ValueError("get_metrics needs statistics; do not set disable_log_stats=True.")
-        pages, compiled = self.scheduler.pages, self.runner.programs.counts
+        compiled = self.runner.programs.counts
         gauges = {
             "num_requests_running": self.scheduler.num_running,
             "num_requests_waiting": self.scheduler.num_waiting,
-            "kv_cache_usage_perc": pages.usage,
+            "kv_cache_usage_perc": self.scheduler.usage,
             "compilation_seconds": compiled.seconds,
         }
         counters = {
             "num_preemptions": self.scheduler.num_preemptions,
-            "prefix_cache_queries": pages.queried_tokens,
-            "prefix_cache_hits": pages.hit_tokens,
+            "prefix_cache_queries": self.scheduler.queried_tokens,
+            "prefix_cache_hits": self.scheduler.hit_tokens,
             "compilations": compiled.total,
             "compilations_after_warmup": compiled.after_warmup,
         }
@@ -188,3 +181,17 @@ class LLMEngine:
         self.abort_request(list(self._outputs.records))
         self._inflight = None
         self.runner.close()
+
+
+def make_scheduler(config: EngineConfig, num_pages: int) -> Scheduler:
+    """The scheduler of one copy of the model."""
+    return Scheduler(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        pages=Pages(num_pages, config.block_size, config.enable_prefix_caching),
+        policy=config.scheduling_policy,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        decode_steps=config.decode_steps,
+    )

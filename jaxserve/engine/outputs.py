@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 
+from jaxserve.engine.balancer import Balancer
 from jaxserve.engine.metrics import Metrics
 from jaxserve.engine.results import HostScores, Results
-from jaxserve.engine.scheduler import Scheduler
 from jaxserve.repetition import detect_repetition
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Detokenizer, Tokenizer
@@ -131,7 +131,7 @@ class OutputProcessor:
     `metrics` is None where no statistics are collected.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler, metrics: Metrics | None):
+    def __init__(self, tokenizer: Tokenizer | None, scheduler: Balancer, metrics: Metrics | None):
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._metrics = metrics

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.batch import Bucket, Level, Limits, SlotTable, State, pack
+from jaxserve.batch import Bucket, EditRows, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
+from jaxserve.engine.balancer import Plan
 from jaxserve.engine.edits import step_edits
 from jaxserve.engine.helpers import Tracers
 from jaxserve.engine.memory import HOLE_BYTES, MemoryPlan, estimate_working, memory_limit, plan_memory
@@ -44,14 +45,17 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
 class InFlight:
     """A launched step; `results` waits for it."""
 
-    work: Work
+    plan: Plan
     bucket: Bucket
     limits: Limits
     packed: jax.Array
 
-    def results(self) -> Results:
-        """Wait for the step and read its results."""
-        return Results.read(np.asarray(self.packed), self.bucket, self.limits, len(self.work.sequences))
+    def results(self) -> Iterator[tuple[Work, Results]]:
+        """Wait for the step and read the results of each pool that had something to do."""
+        pools = np.asarray(self.packed).reshape(len(self.plan), -1)
+        for work, packed in zip(self.plan, pools, strict=True):
+            if work is not None:
+                yield work, Results.read(packed, self.bucket, self.limits, len(work.sequences))
 
 
 class Runner:
@@ -80,7 +84,7 @@ class Runner:
             config.decode_steps,
             accelerator=self._platform != "cpu",
         )
-        self._table = SlotTable(config.max_num_seqs)
+        self._tables = [SlotTable(config.max_num_seqs) for _ in range(config.parallel.data_parallel_size)]
         self._leaves: tuple[jax.Array, ...] = ()
         self._start(estimate_working(model.model_config, self.buckets.largest, self._cache_dtype, self._parts))
 
@@ -181,18 +185,17 @@ class Runner:
             max_logprobs=vocab if most < 0 else min(most, vocab),
         )
 
-    def launch(self, work: Work) -> InFlight:
+    def launch(self, plan: Plan) -> InFlight:
         """Start a step and return at once; the copy of its results to the host is under way."""
-        self._table.update(work.sequences)
-        level = self._table.level(work)
-        edits = step_edits(work) if level >= Level.SAMPLE else []
-        exact = self.buckets.choose(work.total_tokens, len(work.sequences), level, len(edits), work.steps)
+        exact, edits = fitting(plan, self._tables, self.buckets)
         bucket = self.programs.choose(exact)
         limits = self._limits
-        buffer = pack(work, bucket, limits, self._table, edits)
+        pools = zip(plan, self._tables, edits, strict=True)
+        buffers = [pack(work or Work.nothing(), bucket, limits, table, own) for work, table, own in pools]
+        buffer = buffers[0] if len(buffers) == 1 else np.concatenate(buffers)
         self._state, packed = self.programs.get(bucket)(self._leaves, self._state, buffer)
         packed.copy_to_host_async()
-        return InFlight(work, bucket, limits, packed)
+        return InFlight(plan, bucket, limits, packed)
 
     def close(self) -> None:
         """Stop compiling and free the device state."""
@@ -203,6 +206,20 @@ class Runner:
                 jax.block_until_ready(self._state)
             for array in jax.tree.leaves(self._state):
                 array.delete()
+
+
+def fitting(plan: Plan, tables: Sequence[SlotTable], buckets: Buckets) -> tuple[Bucket, list[EditRows]]:
+    """The smallest bucket that every pool's part of a step fits in, and the sampling edits of each pool."""
+    levels, edits = [Level.GREEDY], [EditRows() for _ in plan]
+    for pool, (work, table) in enumerate(zip(plan, tables, strict=True)):
+        if work is not None:
+            table.update(work.sequences)
+            levels.append(table.level(work))
+            if levels[-1] >= Level.SAMPLE:
+                edits[pool] = step_edits(work)
+    works = [work for work in plan if work is not None]
+    tokens, rows = max(work.total_tokens for work in works), max(len(work.sequences) for work in works)
+    return buckets.choose(tokens, rows, max(levels), max(map(len, edits)), works[0].steps), edits
 
 
 def _zeros(state: State) -> State:

@@ -133,14 +133,15 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def schedule(self) -> Work | None:
+    def schedule(self, *, several: bool = True) -> Work | None:
         """Plan the next step: running sequences first, then waiting ones. None if there is nothing to compute.
 
         The lengths advance as if the step had run. With None while sequences are unfinished, either they wait for a
-        step in flight to be committed, or all have just failed (`take_failed`).
+        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes.
         """
         rows = StepRows()
-        if self._schedule_several(rows):
+        if several and (planned := self.several_decodes()) is not None:
+            self._schedule_several(rows, planned)
             return rows.work(self.page_table)
         preemptions = self.num_preemptions
         budget = self._schedule_running(rows)
@@ -195,33 +196,34 @@ class Scheduler:
                 self.finish(seq, "length")
                 return
 
-    def _schedule_several(self, rows: StepRows) -> bool:
-        """Plan several decodes of every running sequence at once, if that delays nobody; False if it would.
-
-        A sequence that ends before the others computes on; `commit` drops what it samples.
-        """
+    def several_decodes(self) -> list[tuple[Sequence, int]] | None:
+        """Every running sequence and how many decodes it takes, if several at once delay nobody; else None."""
         steps, page_size = self._decode_steps, self.pages.page_size
         if steps == 1 or (len(self.waiting) and self._free_slots):
-            return False
+            return None
         planned, missing = [], 0
         for seq in self._running:
             left = len(seq.tokens) - seq.num_tokens - seq.num_pending
             if left:
                 if seq.needs_host or seq.num_tokens + seq.num_pending - seq.num_computed != 1:
-                    return False
+                    return None
                 count = min(left, steps)
                 missing += -(-(seq.num_computed + count) // page_size) - len(seq.pages)
                 planned.append((seq, count))
-        if missing > self.pages.num_free or len(planned) > self._budget:
-            return False
-        rows.steps = steps
+        return None if missing > self.pages.num_free or len(planned) > self._budget else planned
+
+    def _schedule_several(self, rows: StepRows, planned: list[tuple[Sequence, int]]) -> None:
+        """Plan several decodes at once.
+
+        A sequence that ends before the others computes on; `commit` drops what it samples.
+        """
+        rows.steps, page_size = self._decode_steps, self.pages.page_size
         for seq, count in planned:
             while seq.num_computed + count > len(seq.pages) * page_size:
                 self._grow(seq)
             self._plan(rows, seq, seq.num_computed, 1, True)
             seq.num_computed += count - 1
             seq.num_pending += count - 1
-        return True
 
     def _schedule_running(self, rows: StepRows) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""
@@ -286,7 +288,7 @@ class Scheduler:
         """Cached pages of its prefix; never all of it, since the last token's logits must be computed."""
         if not self._reads_cache(seq):
             return []
-        self._extend_hashes(seq)
+        extend_known(seq, self.pages.page_size)
         return self.pages.lookup(seq.page_hashes[: (seq.num_tokens - 1) // self.pages.page_size])
 
     def _admit(self, seq: Sequence, found: list[int], num_new: int) -> None:
@@ -350,9 +352,6 @@ class Scheduler:
         self._free_slots.append(seq.slot)
         seq.pages, seq.slot = [], -1
 
-    def _extend_hashes(self, seq: Sequence) -> None:
-        extend_hashes(seq.page_hashes, seq.tokens[: seq.num_tokens], self.pages.page_size, seq.request.cache_keys)
-
     def _register(self, seq: Sequence) -> None:
         """Register the full pages whose tokens are known and whose computation is planned.
 
@@ -362,7 +361,7 @@ class Scheduler:
         num_full = min(seq.num_computed, seq.num_tokens) // self.pages.page_size
         if num_full <= seq.num_registered or not self.pages.enable_prefix_caching:
             return
-        self._extend_hashes(seq)
+        extend_known(seq, self.pages.page_size)
         for i in range(seq.num_registered, num_full):
             self.pages.register(seq.pages[i], seq.page_hashes[i])
         seq.num_registered = num_full
@@ -386,3 +385,8 @@ class Scheduler:
         if sorted(slots) != list(range(len(self.page_table))) or not np.array_equal(table, self.page_table):
             raise AssertionError(f"slots lost or page table wrong: {slots=}")
         self.pages.check_integrity(seq.pages for seq in self._running)
+
+
+def extend_known(seq: Sequence, page_size: int) -> None:
+    """Hash the full pages of a sequence's known tokens."""
+    extend_hashes(seq.page_hashes, seq.tokens[: seq.num_tokens], page_size, seq.request.cache_keys)
