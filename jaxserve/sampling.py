@@ -146,8 +146,10 @@ def draw(
     Also returns the logits after temperature and filters; those of greedy rows are unchanged.
     """
     is_random = rows.temperature > 0
-    temperature = jnp.where(is_random, rows.temperature, 1)[:, None]
-    scaled = logits / temperature
+    # Not `logits / temperature`: XLA makes that this product in some programs and places and not in others, but every
+    # part of the row must be rounded as the floor was.
+    inverse = (1 / jnp.where(is_random, rows.temperature, 1))[:, None]
+    scaled = logits * inverse
     top_k = jnp.where(is_random, rows.top_k, 0)
     top_p, min_p = jnp.where(is_random, rows.top_p, 1), jnp.where(is_random, rows.min_p, 0)
     floor = top_k_top_p_floor(scaled, top_k, top_p, min_p, axis=MODEL if shards() > 1 else None)[:, None]
@@ -155,7 +157,7 @@ def draw(
 
     def weight(part: Float[Array, "S n"]) -> Float[Array, "S n"]:
         """Unnormalised probabilities of some of the logits; of a greedy row, 1 for the best."""
-        part = part / temperature
+        part = part * inverse
         random = jnp.where(part >= floor, jnp.exp(part - best), 0)
         return jnp.where(is_random[:, None], random, (part == best).astype(jnp.float32))
 

@@ -7,8 +7,7 @@ import secrets
 import sys
 import traceback
 
-from jaxserve.checks import UnsupportedError
-from jaxserve.cli import report
+from jaxserve.cli import flags, report
 from jaxserve.cli.jobs import LAUNCHABLE, Job, command_of, local_ranks, rank_variables, read_job
 from sharding import launch, processes
 from sharding.config import MeshConfig, load
@@ -47,12 +46,6 @@ def run(args: argparse.Namespace) -> int:
         for line in describe(config, job, launch.environment()):
             print(line)
         return 0
-    if job.args is not None and config.processes > 1:
-        raise UnsupportedError(
-            f"{args.mesh} spreads one engine over {config.processes} processes, which {job.words[0]} does not support "
-            "yet; use one process that drives all devices of this machine (processes_per_host: 1)",
-            parameter="mesh",
-        )
     variables = launch.environment()
     ranks = local_ranks(config, variables, args.node_rank)
     if len(ranks) == 1:
@@ -72,7 +65,10 @@ def run_rank(config: MeshConfig, rank: Rank, job: Job, debug: bool) -> int:
 
     join(rank, config)
     try:
-        code = run_script(job.words) if job.args is None else job.args.run(job.args)
+        if job.args is not None and rank.rank > 0:
+            code = follow(job.args)
+        else:
+            code = run_script(job.words) if job.args is None else job.args.run(job.args)
     except Exception as error:
         code = report(error, debug)
     if code != 0 and rank.size > 1 and not config.independent:
@@ -81,6 +77,19 @@ def run_rank(config: MeshConfig, rank: Rank, job: Job, debug: bool) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def follow(args: argparse.Namespace) -> int:
+    """Be the hands of rank 0, which runs the command, until it closes its engine; returns the exit code."""
+    from jaxserve.engine.engine import LLMEngine
+
+    if getattr(args, "model_tag", None) is not None:  # of serve
+        setattr(args, flags.ENGINE + "model", args.model_tag)
+    try:
+        LLMEngine.from_engine_args(flags.engine_args(args))
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise RuntimeError("a follower's engine came back without a leader")
 
 
 def run_script(words: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxserve.batch import Bucket, Level, Limits, State
@@ -157,7 +157,7 @@ class StepCompiler:
                 self.store.put(digest, blob)
         program = load_program(blob, self.state)
         buffer = buffer_shape(bucket, self.limits, self.mesh)
-        outputs = jax.tree.map(lambda shape: shape.sharding, (self.state, buffer))
+        outputs = jax.tree.map(lambda shape: shape.sharding, self.state), NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(program, donate_argnums=1, out_shardings=outputs)
         lowered = jitted.lower(self.leaves, self.state, buffer)
         return lowered.compile(compiler_options=dict(self.options))

@@ -1,15 +1,18 @@
 """Everything on the device: weights, state and programs. Plans go in, results come out later."""
 
+import collections
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.batch import Bucket, EditRows, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
@@ -17,14 +20,19 @@ from jaxserve.engine.balancer import Plan
 from jaxserve.engine.edits import step_edits
 from jaxserve.engine.helpers import Tracers
 from jaxserve.engine.memory import HOLE_BYTES, MemoryPlan, estimate_working, memory_limit, plan_memory
+from jaxserve.engine.mirror import Mirror
 from jaxserve.engine.programs import Buckets, Programs, StepCompiler
 from jaxserve.engine.results import Results
 from jaxserve.engine.step import ScoreMode
-from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, state_shapes
+from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, read_bucket, state_shapes, write_bucket
 from jaxserve.types import Work
 from jaxserve.weights import ModelPlan
+from sharding.channel import ChannelClosed
+from sharding.place import place
 
 logger = logging.getLogger(__name__)
+
+AHEAD = 2  # steps that a follower launches before it waits for the oldest
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
 # most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
@@ -71,10 +79,12 @@ class Runner:
         config: EngineConfig,
         *,
         threads: int,
+        mirror: Mirror,
     ) -> None:
         self.config = config
+        self._mirror = mirror
         self._model = model
-        self._devices = model.devices
+        self._devices = [device for device in model.devices if device.process_index == jax.process_index()]
         self._platform = self._devices[0].platform
         self._threads = threads
         self._memory_limit = memory_limit(self._devices)
@@ -99,7 +109,8 @@ class Runner:
             dtype=self._cache_dtype,
             parts=self._parts,
         )
-        self.config = self.config.fitted(self.plan.max_model_len)
+        self.plan = replace(self.plan, num_pages=self._mirror.least(self.plan.num_pages))
+        self.config = self.config.fitted(self._mirror.least(self.plan.max_model_len))
         self._limits = self.limits(self.plan)
         model = self._model
         self._abstract_state = state_shapes(model.model_config, self._limits, self._cache_dtype, model.mesh)
@@ -165,6 +176,11 @@ class Runner:
         del hole
 
     @property
+    def _concrete_mesh(self) -> Mesh:
+        assert isinstance(self._model.mesh, Mesh)  # there are devices
+        return self._model.mesh
+
+    @property
     def _parts(self) -> int:
         """Devices that share a copy of the model."""
         return self._model.mesh.shape["model"]
@@ -193,12 +209,36 @@ class Runner:
         pools = zip(plan, self._tables, edits, strict=True)
         buffers = [pack(work or Work.nothing(), bucket, limits, table, own) for work, table, own in pools]
         buffer = buffers[0] if len(buffers) == 1 else np.concatenate(buffers)
-        self._state, packed = self.programs.get(bucket)(self._leaves, self._state, buffer)
+        self._mirror.tell(write_bucket(bucket), buffer)
+        packed = self._run(bucket, buffer)
         packed.copy_to_host_async()
         return InFlight(plan, bucket, limits, packed)
 
+    def _run(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
+        """Launch a step on the devices of this process; returns its results."""
+        inputs: Any = buffer
+        if not self._mirror.alone:
+            inputs = place(buffer, NamedSharding(self._concrete_mesh, PartitionSpec("data")))
+        self._state, packed = self.programs.get(bucket)(self._leaves, self._state, inputs)
+        return packed
+
+    def follow(self) -> None:
+        """Launch what the leader launches, until it closes; at most a few steps ahead of the devices.
+
+        Raises:
+            ChannelError: the leader is gone.
+        """
+        launched: collections.deque[jax.Array] = collections.deque()
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                bucket, buffer = self._mirror.hear()
+                launched.append(self._run(read_bucket(bucket), buffer))
+                if len(launched) > AHEAD:
+                    launched.popleft().block_until_ready()
+
     def close(self) -> None:
         """Stop compiling and free the device state."""
+        self._mirror.close()
         self.programs.close()
         self._tracers.close()
         if self._leaves:

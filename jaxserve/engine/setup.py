@@ -1,11 +1,12 @@
 """From arguments to a ready engine: files, configuration, tokenizer, weights and programs."""
 
+import json
 import logging
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from jaxserve.checkpoints import find_model, read_generation_config, read_hf_config
 from jaxserve.config import EngineArgs, EngineConfig, load_generation_config, merge_overrides, resolve
+from jaxserve.engine.mirror import Mirror
 from jaxserve.engine.runner import Runner
 from jaxserve.text import Tokenizer, load_tokenizer
 from jaxserve.weights import load_weights, plan_model
@@ -21,6 +23,9 @@ from sharding.mesh import make_mesh
 logger = logging.getLogger(__name__)
 
 SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
+
+
+OWN_FACTS = ("model", "compilation_cache_dir", "log_stats", "use_tqdm_on_load", "served_model_names")  # may differ
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,10 @@ class Parts:
 def build_parts(args: EngineArgs) -> Parts:
     """Load everything an engine needs; the tokenizer and the weights load while the programs compile.
 
+    Where several processes share the engine, this returns in the leader alone: the others follow it and then end.
+
     Raises:
+        SystemExit: this process was a follower, and the leader has closed the engine.
         ValueError: an argument, the model's files or the memory do not fit.
     """
     show_messages()
@@ -43,7 +51,7 @@ def build_parts(args: EngineArgs) -> Parts:
     hf_config = merge_overrides(read_hf_config(path), args.hf_overrides)
     set_memory_fraction(args.gpu_memory_utilization)
     devices = jax.devices()
-    device = devices[0]
+    device = jax.local_devices()[0]
     config = resolve(
         args,
         hf_config,
@@ -68,16 +76,28 @@ def build_parts(args: EngineArgs) -> Parts:
         if args.decode_steps is None and model.device_bytes > SLOW_BYTES:
             config = replace(config, decode_steps=1)
         # XLA uses several cores for a program, and the engine is at work beside.
-        runner = Runner(model, config, threads=max(1, (os.cpu_count() or 1) // 4))
+        mirror = Mirror.open(facts(config, hf_config))
+        runner = Runner(model, config, threads=max(1, (os.cpu_count() or 1) // 4), mirror=mirror)
         try:
             start = time.perf_counter()
             leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)
             logger.info("%.2f GiB of weights in %.1f s", model.total_bytes / 2**30, time.perf_counter() - start)
             runner.prepare(leaves)
+            if mirror.follower is not None:
+                runner.follow()
+                raise SystemExit(0)
             return Parts(runner.config, tokenizer.result(), runner)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                mirror.fail(f"{type(error).__name__}: {error}")
             runner.close()
             raise
+
+
+def facts(config: EngineConfig, hf_config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in all processes that share an engine, by name."""
+    own = {item.name: str(getattr(config, item.name)) for item in fields(config) if item.name not in OWN_FACTS}
+    return own | {"config.json": json.dumps(hf_config, sort_keys=True, default=str)}
 
 
 def _generation_config(args: EngineArgs, path: Path) -> Mapping[str, Any]:

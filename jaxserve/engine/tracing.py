@@ -174,15 +174,15 @@ class Tracer:
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)
             new, packed = step(model.merge(leaves), old, buffer, bucket, recipe.limits, recipe.mode)
+            if mesh.size > 1:  # so that one process sees the results of all
+                packed = jax.lax.all_gather(packed, "data", tiled=True)
             return jax.tree.leaves(new), packed
 
         leaves = tuple(model.parameters.values())
         arguments = leaves, shapes, buffer_shape(bucket, recipe.limits, mesh)
         if mesh.size > 1:
             ins = tuple(leaf.sharding.spec for leaf in leaves), kept_specs, P("data")
-            program = jax.shard_map(
-                program, mesh=mesh, in_specs=ins, out_specs=(kept_specs, P("data")), check_vma=False
-            )
+            program = jax.shard_map(program, mesh=mesh, in_specs=ins, out_specs=(kept_specs, P()), check_vma=False)
         else:
             mesh = AbstractMesh((), (), abstract_device=mesh.abstract_device)
         given = jax.tree.map(partial(_on, mesh), arguments)
