@@ -1,4 +1,7 @@
-"""Drawing a token: the inverse of the running sum of the probabilities, in three levels of blocks."""
+"""Drawing a token: the inverse of the running sum of the probabilities, in three levels of blocks.
+
+The fourth number chooses among devices, of which there is one here.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +28,9 @@ def test_equals_three_sums_in_float64(size: int) -> None:
     rng = np.random.default_rng(size)
     logits = (3 * rng.normal(size=(60, size))).astype(np.float32)
     logits[rng.random(logits.shape) < 0.3] = -np.inf
-    numbers = rng.random((60, 3)).astype(np.float32)
+    numbers = rng.random((60, 4)).astype(np.float32)
     got = np.asarray(jax.jit(lambda x, u: invert(x, jnp.exp, u))(logits, numbers))
-    wanted = [brute(np.exp(row.astype(np.float64)), u) for row, u in zip(logits, numbers, strict=True)]
+    wanted = [brute(np.exp(row.astype(np.float64)), u[:3]) for row, u in zip(logits, numbers, strict=True)]
     certain = [near > 1e-5 for _, near in wanted]
     assert sum(certain) > 50
     assert got[certain].tolist() == [token for (token, _), sure in zip(wanted, certain, strict=True) if sure]
@@ -39,14 +42,14 @@ def test_the_ends_of_the_interval_are_the_ends_of_the_support(size: int) -> None
     weights = np.zeros((1, size), np.float32)
     first, last = size // 3, size - 2
     weights[0, [first, last]] = 1e-30, 1e30
-    assert invert(jnp.asarray(weights), lambda x: x, jnp.zeros((1, 3))).tolist() == [first]
-    assert invert(jnp.asarray(weights), lambda x: x, jnp.full((1, 3), 1 - 2**-24)).tolist() == [last]
+    assert invert(jnp.asarray(weights), lambda x: x, jnp.zeros((1, 4))).tolist() == [first]
+    assert invert(jnp.asarray(weights), lambda x: x, jnp.full((1, 4), 1 - 2**-24)).tolist() == [last]
 
 
 def test_many_tokens_are_drawn_as_often_as_they_should_be() -> None:
     count, size = 4000, 9001
     logits = np.random.default_rng(0).normal(size=size).astype(np.float32) * 2
-    numbers = jax.random.uniform(jax.random.key(1), (count, 3))
+    numbers = jax.random.uniform(jax.random.key(1), (count, 4))
     tokens = invert(jnp.tile(logits, (count, 1)), jnp.exp, numbers)
     share = np.exp(logits.astype(np.float64))
     share /= share.sum()
