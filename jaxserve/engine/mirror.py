@@ -5,6 +5,7 @@ bucket and packed inputs to the others, which do nothing but launch it, too. So 
 told to do is the same, as collectives need it.
 """
 
+import atexit
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Mirror:
         """
         channel = open_program_channel("engine", SECONDS)
         if isinstance(channel, Leader):
+            atexit.register(channel.close)  # programs that end without closing their engine end well, too
             problem = differences({0: dict(facts), **channel.collect()})
             channel.send(problem)
         elif isinstance(channel, Follower):

@@ -55,15 +55,22 @@ class ModelConfig:
         """What `parts` devices that share a copy of the model serve: with fewer KV heads than devices, each copied.
 
         Raises:
-            ValueError: the heads cannot be dealt out evenly.
+            ValueError: heads, MLP or vocabulary cannot be dealt out evenly.
         """
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        if heads % parts or (kv_heads % parts and parts % kv_heads):
+        if uneven := self._uneven(parts):
+            possible = ", ".join(str(n) for n in range(1, self.num_heads + 1) if not self._uneven(n))
             raise ValueError(
-                f"tensor_parallel_size={parts} does not deal out {heads} query heads and {kv_heads} key/value heads "
-                f"evenly; choose a divisor of {heads} that divides {kv_heads} or is a multiple of it"
+                f"tensor_parallel_size={parts} does not deal out {' and '.join(uneven)} evenly; choose one of {possible}"
             )
+        kv_heads = self.num_kv_heads
         return self if kv_heads >= parts else replace(self, num_kv_heads=parts, kv_copies=parts // kv_heads)
+
+    def _uneven(self, parts: int) -> list[str]:
+        """What `parts` devices cannot hold equal parts of."""
+        sizes = {"query heads": self.num_heads, "key/value heads": self.num_kv_heads}
+        sizes |= {"MLP columns (intermediate_size)": self.intermediate_size, "tokens (vocab_size)": self.vocab_size}
+        copied = parts % self.num_kv_heads == 0
+        return [f"{n} {what}" for what, n in sizes.items() if n % parts and not (what == "key/value heads" and copied)]
 
     def __post_init__(self) -> None:
         if len(self.layer_types) != self.num_layers:
