@@ -66,6 +66,7 @@ class AsyncLLMEngine:
         self._commands: queue.SimpleQueue[_Add | _Abort | _Call | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._active: set[str] = set()
+        self._arriving = 0  # requests that the engine's thread has not taken up yet
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._error: BaseException | None = None
@@ -140,6 +141,7 @@ class AsyncLLMEngine:
             if key in self._active:
                 raise ValueError(f"request_id {key!r} is in use by an unfinished request; choose another.")
             self._active.add(key)
+            self._arriving += 1
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         deltas = request.params.output_kind == RequestOutputKind.DELTA
         self._commands.put(_Add(request, stream))
@@ -185,7 +187,7 @@ class AsyncLLMEngine:
     @property
     def num_waiting(self) -> int:
         """Sequences that have not begun, or were preempted, and requests that the engine has not taken up yet."""
-        return self._engine.scheduler.num_waiting + self._commands.qsize()
+        return self._engine.scheduler.num_waiting + self._arriving
 
     @property
     def waiting_tokens(self) -> int:
@@ -248,6 +250,8 @@ class AsyncLLMEngine:
     def _add(self, command: _Add) -> None:
         key = command.request.request_id
         self._streams[key] = command.stream
+        with self._lock:
+            self._arriving -= 1
         try:
             self._engine.add_request(key, command.request)
         except (TypeError, ValueError) as error:

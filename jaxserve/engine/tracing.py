@@ -5,6 +5,7 @@ therefore exported (`jax.export`): what has been on this machine before is read 
 come from helper processes, which need no accelerator.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -34,6 +35,7 @@ from sharding.mesh import abstract_mesh
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
+UNFINISHED, UNFINISHED_SECONDS = "unfinished-", 3600  # files that a process was writing, unless it was killed
 EXPORT_PLATFORM = {"gpu": "cuda"}  # what `jax.export` calls a platform, where the device says otherwise
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
@@ -227,9 +229,11 @@ class ProgramStore:
     def __init__(self, folder: Path):
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.zlib"):
-            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
-                path.unlink(missing_ok=True)
+        for pattern, seconds in (("*.zlib", KEPT_SECONDS), (f"{UNFINISHED}*", UNFINISHED_SECONDS)):
+            for path in folder.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if time.time() - path.stat().st_mtime > seconds:
+                        path.unlink()
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.zlib"
@@ -246,6 +250,6 @@ class ProgramStore:
 
     def put(self, digest: str, blob: bytes) -> None:
         """Keep a program; other processes see all of it or nothing."""
-        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=UNFINISHED, delete=False) as file:
             file.write(zlib.compress(blob))
         Path(file.name).replace(self._path(digest))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -227,6 +227,14 @@ def add_tokens(app: FastAPI, service: Service) -> None:
         return {"prompt": tokenizer().decode(body.tokens, skip_special_tokens=False)}
 
 
+def _profiling(change: Callable[[], None]) -> None:
+    """Start or stop a trace; 409 where one runs already, or none does."""
+    try:
+        change()
+    except RuntimeError as error:
+        raise ApiError(409, str(error)) from error
+
+
 def add_admin(app: FastAPI, service: Service, options: AppOptions) -> None:
     """Routes behind the admin key."""
 
@@ -238,10 +246,10 @@ def add_admin(app: FastAPI, service: Service, options: AppOptions) -> None:
     async def start_profile() -> dict[str, str]:
         if options.profile_folder is None:
             raise ApiError(400, "profiling needs a folder: start the server with --profile-dir")
-        jax.profiler.start_trace(options.profile_folder)
+        _profiling(lambda: jax.profiler.start_trace(options.profile_folder))
         return {"folder": options.profile_folder}
 
     @app.post("/stop_profile")
     async def stop_profile() -> dict[str, str | None]:
-        jax.profiler.stop_trace()
+        _profiling(jax.profiler.stop_trace)
         return {"folder": options.profile_folder}

@@ -142,3 +142,13 @@ def test_the_store_forgets_what_nobody_wants(tmp_path: Path, age: int):
 
     os.utime(path, (old, old))
     assert (ProgramStore(tmp_path).get("a") is None) == (age > 30)
+
+
+@pytest.mark.parametrize("age", [1800, 5400])
+def test_the_store_tidies_up_after_killed_processes(tmp_path: Path, age: int):
+    half = tmp_path / "unfinished-abc"
+    half.write_bytes(b"half")
+    old = half.stat().st_mtime - age
+    os.utime(half, (old, old))
+    ProgramStore(tmp_path)
+    assert half.exists() == (age < 3600)
