@@ -58,10 +58,9 @@ class ModelConfig:
             ValueError: heads, MLP or vocabulary cannot be dealt out evenly.
         """
         if uneven := self._uneven(parts):
-            possible = ", ".join(str(n) for n in range(1, self.num_heads + 1) if not self._uneven(n))
-            raise ValueError(
-                f"tensor_parallel_size={parts} does not deal out {' and '.join(uneven)} evenly; choose one of {possible}"
-            )
+            choices = ", ".join(str(n) for n in range(1, self.num_heads + 1) if not self._uneven(n))
+            what = " and ".join(uneven)
+            raise ValueError(f"tensor_parallel_size={parts} does not deal out {what} evenly; choose one of {choices}")
         kv_heads = self.num_kv_heads
         return self if kv_heads >= parts else replace(self, num_kv_heads=parts, kv_copies=parts // kv_heads)
 
