@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxserve import models
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.table import expand
 
 HEADS, HEAD, WIDTH, INNER, VOCAB = 8, 8, 32, 48, 64
@@ -41,13 +42,13 @@ FAMILIES = {
 }
 
 
-def tensor_shape(name: str, kv_heads: int) -> tuple[int, ...]:
+def tensor_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     """Of a checkpoint's tensor, by its Hugging Face name."""
     module, kind = name.split(".")[-2:]
-    q, kv = HEADS * HEAD, kv_heads * HEAD
+    q, kv, vocab = HEADS * HEAD, config.num_kv_heads * HEAD, config.vocab_size
     outputs = {
         "q_proj": q, "k_proj": kv, "v_proj": kv, "qkv_proj": q + 2 * kv, "o_proj": WIDTH, "gate_proj": INNER,
-        "up_proj": INNER, "gate_up_proj": 2 * INNER, "down_proj": WIDTH, "embed_tokens": VOCAB, "lm_head": VOCAB,
+        "up_proj": INNER, "gate_up_proj": 2 * INNER, "down_proj": WIDTH, "embed_tokens": vocab, "lm_head": vocab,
     }  # fmt: skip
     if module not in outputs:
         return (HEAD,) if module in ("q_norm", "k_norm") else (WIDTH,)
@@ -56,7 +57,7 @@ def tensor_shape(name: str, kv_heads: int) -> tuple[int, ...]:
 
 
 def write_family(folder: Path, name: str, **changes: object) -> Path:
-    """A Hugging Face folder of random float32 weights; `changes` replace values of its config."""
+    """A Hugging Face folder of random float32 weights; `changes` (but of widths and heads) replace config values."""
     hf_config = BASE | FAMILIES[name] | changes
     family = models.resolve(hf_config)
     config = family.config(hf_config)
@@ -64,7 +65,7 @@ def write_family(folder: Path, name: str, **changes: object) -> Path:
     tensors = {}
     for rule in expand(family.rules(config), config.num_layers):
         for source in rule.sources:
-            shape = tensor_shape(source, config.num_kv_heads)
+            shape = tensor_shape(source, config)
             scale = shape[1] ** -0.5 if len(shape) > 1 else 0.3
             offset = 1.0 - config.norm_offset if "norm" in source else 0.0
             tensors[source] = (offset + scale * rng.standard_normal(shape)).astype(np.float32)
