@@ -70,7 +70,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder, logits_of(plan_model(folder))
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4, 8])
 def test_logits_equal_those_of_one_device(family: tuple[Path, np.ndarray], parts: int) -> None:
     folder, expected = family
     plan = plan_model(folder, mesh=make_mesh(model=parts))

@@ -23,7 +23,7 @@ BASE = {
     "rope_theta": 1000.0,
     "eos_token_id": VOCAB - 1,
 }
-GEMMA = {"num_hidden_layers": 2, "tie_word_embeddings": True, "sliding_window": 4, "query_pre_attn_scalar": HEAD}
+GEMMA = {"tie_word_embeddings": True, "sliding_window": 4, "query_pre_attn_scalar": HEAD}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # family -> what its config.json says beyond the above; between them every number of KV heads from one to all
 FAMILIES = {
@@ -36,6 +36,7 @@ FAMILIES = {
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
         **GEMMA,
     },
