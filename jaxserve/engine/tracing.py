@@ -176,7 +176,7 @@ class Tracer:
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)
             new, packed = step(model.merge(leaves), old, buffer, bucket, recipe.limits, recipe.mode)
-            if mesh.size > 1:  # so that one process sees the results of all
+            if recipe.mesh[0] > 1:  # so that one process sees the results of all copies
                 packed = jax.lax.all_gather(packed, "data", tiled=True)
             return jax.tree.leaves(new), packed
 
