@@ -244,10 +244,11 @@ def add_admin(app: FastAPI, service: Service, options: AppOptions) -> None:
 
     @app.post("/start_profile")
     async def start_profile() -> dict[str, str]:
-        if options.profile_folder is None:
+        folder = options.profile_folder
+        if folder is None:
             raise ApiError(400, "profiling needs a folder: start the server with --profile-dir")
-        _profiling(lambda: jax.profiler.start_trace(options.profile_folder))
-        return {"folder": options.profile_folder}
+        _profiling(lambda: jax.profiler.start_trace(folder))
+        return {"folder": folder}
 
     @app.post("/stop_profile")
     async def stop_profile() -> dict[str, str | None]:
