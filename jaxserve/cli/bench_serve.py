@@ -203,7 +203,7 @@ def measure(
 
 def about(args: argparse.Namespace, spread: Lengths, target: serving.Target, server: serving.Server) -> dict[str, Any]:
     """What was measured, and how: everything but the key."""
-    hidden = ("api_key", "run", "verbose", "debug", "output", "details", "plot")
+    hidden = ("api_key", "run", "words", "verbose", "debug", "output", "details", "plot")
     shown = {name: value for name, value in vars(args).items() if name not in hidden}
     rate = "inf" if math.isinf(args.request_rate) else args.request_rate  # JSON has no infinity
     return {

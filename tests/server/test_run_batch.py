@@ -162,7 +162,14 @@ class Watched(io.FileIO):
 def test_input_is_read_as_there_is_room(paths: tuple[Path, Path]):
     source = write(paths[0], *(request(str(number)) for number in range(50)))
     watched, ahead = Watched(source), []
-    service = Fake(lambda prompt: ahead.append(watched.taken - len(service.asked)))
+
+    async def answer() -> None:
+        ahead.append(watched.taken - len(service.asked))
+        async with asyncio.timeout(20):
+            while service.most < 4:  # until as many are in flight as may be
+                await asyncio.sleep(0.001)
+
+    service = Fake(lambda prompt: answer())
     with open_files(str(source), str(paths[1])) as files:
         outcome = asyncio.run(Batch(service, dataclasses.replace(files, source=watched), 4).run())
     assert outcome.done == 50
