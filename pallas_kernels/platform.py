@@ -1,10 +1,16 @@
 """What the kernels need to know about the device that a program is traced for."""
 
+from types import MappingProxyType
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the names of devices of compute capability 9
+TPUS = MappingProxyType({  # what jax calls the devices of a generation
+    "TPU v4": pltpu.ChipVersion.TPU_V4, "TPU v5 lite": pltpu.ChipVersion.TPU_V5E, "TPU v5": pltpu.ChipVersion.TPU_V5P,
+    "TPU v5p": pltpu.ChipVersion.TPU_V5P, "TPU v6 lite": pltpu.ChipVersion.TPU_V6E, "TPU7x": pltpu.ChipVersion.TPU_7X,
+})  # fmt: skip
 
 
 def target_device() -> Any:
@@ -28,3 +34,18 @@ def require_hopper() -> int:
     if not hopper or cores is None:
         raise NotImplementedError(f"needs compute capability 9.x (Hopper), not {device.device_kind}")
     return cores
+
+
+def require_tpu() -> pltpu.TpuInfo:
+    """What is known of the TPU that the program is for; sizes and rates are those of one of its `num_cores` cores.
+
+    Raises:
+        NotImplementedError: it is not for a TPU, or for an unknown generation.
+    """
+    device = target_device()
+    if device.platform != "tpu":
+        raise NotImplementedError(f"needs a TPU, the platform is {device.platform!r}")
+    version = TPUS.get(device.device_kind)
+    if version is None:
+        raise NotImplementedError(f"{device.device_kind!r} is not one of {', '.join(TPUS)}")
+    return pltpu.get_tpu_info_for_chip(version, device.num_cores or 1)
