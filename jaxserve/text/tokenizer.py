@@ -1,6 +1,7 @@
 """The tokeniser: one face for Hugging Face folders, hub ids and GGUF files."""
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -11,7 +12,11 @@ import tokenizers
 
 from jaxserve.chat import ChatTemplate, read_chat_template, render_chat
 from jaxserve.text.decoding import Pieces, read_decoder
+from jaxserve.text.hf_classes import Unusual
+from jaxserve.text.hf_folder import read_folder
 from jaxserve.tokenizers_gguf import load_gguf_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 MODES = ("auto", "hf")
@@ -116,7 +121,7 @@ class Tokenizer:
 
     @cached_property
     def hf(self) -> Any:
-        """The `transformers.PreTrainedTokenizerFast`; a copy, so that its settings do not reach the engine."""
+        """The `transformers.PreTrainedTokenizerFast`, loaded when asked for; its settings do not reach the engine."""
         return self._make_hf()
 
     @cached_property
@@ -206,32 +211,56 @@ def _wrap_hf(backend: tokenizers.Tokenizer, special_tokens: dict[str, str], temp
 
 
 def _load_hf(path: str, revision: str | None, token: str | bool | None, template: str | None) -> Tokenizer:
-    from transformers import AutoTokenizer
-
     folder = Path(path)
+    load = partial(_auto_tokenizer, path, revision, token, template)
     if folder.exists() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
             f"{path} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): name another one with tokenizer=..., "
             "or use token ids alone with skip_tokenizer_init=True"
         )
+    if not folder.exists():
+        return _from_transformers(load, "it is no folder of this machine", path)
+    try:
+        facts = read_folder(folder)
+    except Unusual as reason:
+        return _from_transformers(load, str(reason), path)
+    except Exception as error:  # the Rust side raises plain ones
+        raise _unreadable(path, error) from error
+    names, templates = facts.special_tokens, template or facts.chat_template
+    return Tokenizer(
+        facts.backend,
+        partial(_wrap_hf, facts.backend, names, templates) if facts.class_differs else load,
+        bos_id=facts.id_of("bos_token"),
+        eos_ids=frozenset(() if (end := facts.id_of("eos_token")) is None else (end,)),
+        special_tokens=names,
+        chat_template=templates,
+    )
+
+
+def _auto_tokenizer(path: str, revision: str | None, token: str | bool | None, template: str | None) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         hf = AutoTokenizer.from_pretrained(
             path,
             use_fast=True,
             trust_remote_code=False,
-            local_files_only=folder.is_dir(),
+            local_files_only=Path(path).is_dir(),
             revision=revision,
             token=token,
         )
     except Exception as error:  # transformers raises many kinds, tokenizers plain Exception
-        raise ValueError(
-            f"cannot load the tokenizer of {path!r}: {error}; name another one with tokenizer=..., or use token ids "
-            "alone with skip_tokenizer_init=True"
-        ) from error
+        raise _unreadable(path, error) from error
     if not hf.is_fast:
         raise ValueError(f"{path} has only a slow (Python) tokenizer; a tokenizer.json is needed")
     if template is not None:
         hf.chat_template = template
+    return hf
+
+
+def _from_transformers(load: Callable[[], Any], reason: str, path: str) -> Tokenizer:
+    logger.info("transformers reads the tokenizer of %s, which takes some seconds: %s", path, reason)
+    hf = load()
     return Tokenizer(
         hf.backend_tokenizer,
         partial(copy.deepcopy, hf),
@@ -239,6 +268,13 @@ def _load_hf(path: str, revision: str | None, token: str | bool | None, template
         eos_ids=frozenset(() if hf.eos_token_id is None else (hf.eos_token_id,)),
         special_tokens=hf.special_tokens_map,
         chat_template=hf.chat_template,
+    )
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot load the tokenizer of {path!r}: {error}; name another one with tokenizer=..., or use token ids "
+        "alone with skip_tokenizer_init=True"
     )
 
 
