@@ -1,0 +1,147 @@
+"""Ray Data and Ray Serve on a local cluster of two CPUs."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.ray import EngineProcessorConfig, ServingConfig, build_openai_app, build_processor
+
+# Ray's own; ours are seen by the other tests, since here our code runs in other processes.
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+PROMPTS, BAD = 1000, 13
+GREEDY = {"temperature": 0.0, "max_tokens": 4}
+ACTOR = {"device": "cpu", "num_cpus": 0.5}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def children() -> dict[int, str]:
+    """Processes that this one has started, directly or not, by their command lines."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (OSError, ValueError, IndexError):
+                continue
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: names[pid] for pid in found - {os.getpid()} if pid in names}
+
+
+def actors() -> set[int]:
+    return {pid for pid, name in children().items() if name.startswith("ray::") and "EngineWorker" in name}
+
+
+@pytest.fixture(scope="module")
+def cluster(quick_compilation: None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        before = set(children())
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+            logging_level="WARNING",
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+        serve.shutdown()
+        ray.shutdown()
+    end = time.monotonic() + 20
+    while left := {pid: name for pid, name in children().items() if pid not in before and "ray" in name}:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: str, engine_kwargs: dict[str, Any]) -> EngineProcessorConfig:
+    return EngineProcessorConfig(model_source=tiny_model, engine_kwargs=engine_kwargs, concurrency=2, **ACTOR)
+
+
+def test_a_killed_actor_loses_and_doubles_nothing(cluster: None, config: EngineProcessorConfig):
+    # Lambdas, because Ray's processes cannot import this file.
+    words = lambda number: " ".join(f"word{(number * step) % 977}" for step in range(1, 2 + number % 5))  # noqa: E731
+    processor = build_processor(
+        config,
+        preprocess=lambda row, bad=BAD, greedy=GREEDY: {
+            "prompt": words(row["id"]),
+            "sampling_params": {**greedy, "top_p": 7.0} if row["id"] == bad else greedy,
+        },
+        postprocess=lambda row: {name: row[name] for name in ("id", "prompt", "generated_tokens", "generated_text")},
+    )
+    rows, seen, killed = [], set(), None
+    for row in processor(ray.data.range(PROMPTS)).iter_rows():
+        rows.append(row)
+        if killed is None:
+            killed = min(actors())
+            os.kill(killed, signal.SIGKILL)
+        elif len(rows) % 32 == 0:
+            seen |= actors() - {killed}
+    assert len(seen) > 1, "the run was over before the actor came back"
+    rows.sort(key=lambda row: row["id"])
+    assert [row["id"] for row in rows] == list(range(PROMPTS))
+    bad = rows.pop(BAD)
+    assert "top_p" in bad["__inference_error__"]
+    assert not any(row["__inference_error__"] for row in rows)
+    llm = LLM(config.model_source, **config.engine_kwargs)
+    prompts = [words(row["id"]) for row in rows]
+    wanted = llm.generate(prompts, SamplingParams(**GREEDY), use_tqdm=False)
+    llm.close()
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["generated_tokens"] for row in rows] == [list(output.outputs[0].token_ids) for output in wanted]
+    assert [row["generated_text"] for row in rows] == [output.outputs[0].text for output in wanted]
+    assert len({row["generated_text"] for row in rows}) > PROMPTS // 4
+
+
+def test_an_engine_that_cannot_start_says_so_once(cluster: None, engine_kwargs: dict[str, Any], tmp_path: Path):
+    starts = tmp_path / "model"
+    starts.mkdir()
+    wrong = EngineProcessorConfig(model_source=str(starts), engine_kwargs=engine_kwargs, **ACTOR)
+    begin = time.monotonic()
+    with pytest.raises(ray.exceptions.RayError, match=r"config\.json"):
+        build_processor(wrong)(ray.data.from_items([{"prompt": "Hello"}])).materialize()
+    assert time.monotonic() - begin < 20
+
+
+def test_serve_answers_the_official_client(cluster: None, tiny_model: str, engine_kwargs: dict[str, Any]):
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    fields = {"model_source": tiny_model, "engine_kwargs": {**engine_kwargs, "served_model_name": "tiny"}, **ACTOR}
+    app = build_openai_app({**fields, "num_replicas": 2, "api_keys": ["a-key"]})
+    serve.run(app)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a-key", max_retries=0, timeout=60)
+    assert [model.id for model in client.models.list().data] == ["tiny"]
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(messages=MESSAGES, **options)
+    chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **options))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 8
+    assert client.completions.create(prompt="word1 word2", **options).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="tiny", prompt="Hello", temperature=9)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="another").models.list()
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
