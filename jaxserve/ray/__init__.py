@@ -2,7 +2,7 @@
 
 try:
     import ray.data
-    import ray.serve
+    import ray.serve  # noqa: F401
 except ImportError as error:
     raise ImportError(f"jaxserve.ray needs Ray ({error}): pip install 'jaxserve[ray]'") from error
 

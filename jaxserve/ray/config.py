@@ -55,7 +55,7 @@ class EngineProcessorConfig(EngineActorConfig):
 
     Attributes:
         batch_size: rows of a batch, which is also what is done again after an actor was lost.
-        max_concurrent_batches: that an actor works on at the same time, so that it does not run empty at the end of one.
+        max_concurrent_batches: that an actor works on at the same time, so that it never runs empty between them.
         concurrency: number of actors; (m, n) lets Ray start m and add up to n.
         sampling_params: for every row; a row's own column `sampling_params` counts more.
         chat_template_kwargs: for the chat template of rows with `messages`; a row's own column counts more.

@@ -14,7 +14,7 @@ from sharding import launch
 logger = logging.getLogger(__name__)
 
 RESOURCES = {"gpu": "GPU", "tpu": "TPU"}  # Ray's names
-# Without a second name jax falls back to the CPU when the first fails, and an actor would hold a GPU that it never uses.
+# Given no names, jax falls back to the CPU without an error, and an actor would hold a GPU that it never uses.
 PLATFORMS = {"gpu": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
 from jaxserve.ray.config import EngineProcessorConfig

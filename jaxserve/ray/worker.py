@@ -106,9 +106,7 @@ class EngineWorker:
             tokenization = {"add_special_tokens": False}
         else:
             prompt = row[column]
-        return await self._engine.make_request(
-            str(next(self._ids)), prompt, params, tokenization_kwargs=tokenization
-        )
+        return await self._engine.make_request(str(next(self._ids)), prompt, params, tokenization_kwargs=tokenization)
 
     def _render(self, row: Row) -> str:
         tokenizer = self._engine.tokenizer
@@ -119,12 +117,7 @@ class EngineWorker:
         return tokenizer.render_chat(without_nulls(row["messages"]), **options)
 
     async def _run(self, request: Request) -> RequestOutput:
-        output = None
-        async for output in self._engine.run(request):
-            pass
-        if output is None:
-            raise EngineDeadError("the engine ended a request without an output")
-        return output
+        return [output async for output in self._engine.run(request)][-1]
 
 
 def row_params(shared: Mapping[str, Any], row: Row, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -150,7 +143,7 @@ def row_params(shared: Mapping[str, Any], row: Row, defaults: Mapping[str, Any])
 def without_nulls(value: Any) -> Any:
     """The value with None left out of its dicts.
 
-    Arrow gives every dict of a column the keys of all of them, with nulls: {"seed": 1} beside {"top_k": 2} comes back as
+    Arrow gives every dict of a column the keys of all of them: {"seed": 1} beside {"top_k": 2} comes back as
     {"seed": 1, "top_k": None}.
     """
     if isinstance(value, dict):

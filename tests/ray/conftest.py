@@ -2,20 +2,20 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-
-from jaxserve.text import load_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 with warnings.catch_warnings():  # of Ray's own modules, when they are imported
     warnings.simplefilter("ignore")
     import ray.data
     import ray.serve  # noqa: F401
 
-WIDTH, INNER, HEAD, VOCAB = 32, 48, 16, 49152
+LETTERS = [chr(code) for code in range(33, 127)] + ["\u0120"]  # the last is byte-level BPE's sign for a space
+WIDTH, INNER, HEAD, VOCAB = 32, 48, 16, len(LETTERS)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -43,22 +43,28 @@ SHAPES = {
     "layers.0.mlp.up_proj": (INNER, WIDTH),
     "layers.0.mlp.down_proj": (WIDTH, INNER),
 }
+TEMPLATE = """{% for message in messages %}
+{%- if message.role != "user" %}{{ raise_exception("who is " + message.role) }}{% endif %}<{{ message.content }}>
+{%- endfor %}"""
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> str:
-    """A folder with random weights and the embedded model's tokenizer."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with random weights and a tokenizer whose tokens are letters."""
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
     tensors = {f"model.{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    load_tokenizer(smollm2_path).hf.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(LETTERS)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def engine_kwargs(compilation_cache: str) -> dict[str, object]:
     """A few programs, shared by all engines of the run."""
-    sizes = {"max_model_len": 128, "max_num_seqs": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 256}
+    sizes = {"max_model_len": 128, "max_num_seqs": 16, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 256}
     return {**sizes, "compilation_cache_dir": compilation_cache}

@@ -4,13 +4,15 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from jaxserve.ray import EngineProcessorConfig, ServingConfig, build_openai_app, build_processor, worker
+from jaxserve.ray import EngineProcessorConfig, build_openai_app, build_processor, worker
 from jaxserve.ray.devices import actor_options, choose_device
+from jaxserve.ray.processor import add_columns, unless_failed
 from jaxserve.ray.worker import ANSWER, ERROR, LOGPROBS, EngineWorker, plain_logprobs
 from jaxserve.types import Logprob
 
@@ -47,9 +49,7 @@ def test_prompts_come_as_text_as_a_chat_or_as_tokens(ready: EngineWorker, option
         {"key": "a", "prompt": "one two three", "sampling_params": greedy},
         {"key": "b", "prompt": "ignored", "messages": MESSAGES, "sampling_params": greedy},
     ])  # fmt: skip
-    rendered = chat["prompt"]
-    assert "Hello" in rendered
-    assert rendered.startswith("<|im_start|>")
+    assert chat["prompt"] == "<Hello>"
     again = [
         {"key": "c", "tokenized_prompt": row["prompt_token_ids"], "sampling_params": greedy} for row in (text, chat)
     ]
@@ -62,6 +62,14 @@ def test_prompts_come_as_text_as_a_chat_or_as_tokens(ready: EngineWorker, option
         assert [item["token_id"] for item in best] == row["generated_tokens"]
         assert "".join(item["decoded_token"] for item in best) == row["generated_text"]
         assert {item["rank"] for item in best} == {1}
+
+
+def test_rows_with_an_error_do_not_go_through_postprocess():
+    after = partial(unless_failed, lambda row: {"length": len(row["generated_text"])})
+    assert after({"generated_text": "abc", "id": 1, ERROR: ""}) == {"length": 3, ERROR: ""}
+    failed = {"generated_text": "", "id": 1, ERROR: "ValueError: no"}
+    assert after(failed) == failed
+    assert add_columns(lambda row: {"prompt": row["id"] + 1}, {"id": 1}) == {"id": 1, "prompt": 2}
 
 
 def test_logprobs_fit_into_any_file():
@@ -80,15 +88,21 @@ def test_a_bad_row_has_an_error_of_its_own(ready: EngineWorker):
         {"prompt": "word " * 500},
         {"prompt": None},
         {"prompt": "Hello", "sampling_params": {"n": 2, "temperature": 1.0}},
-        {"messages": [{"role": "nobody"}]},
+        {"messages": [{"role": "nobody", "content": "Hi"}]},
         {"prompt": "Hello", "sampling_params": {"tempratur": 1.0}},
     ])  # fmt: skip
     assert rows[0][ERROR] == ""
     assert rows[0]["num_generated_tokens"] == 3
-    texts = ("top_p must be greater than 0 and at most 1", "128", "no value in", "n must be 1", "", "temperature")
+    texts = (
+        "top_p must be greater than 0 and at most 1",
+        "128",
+        "no value in",
+        "n must be 1",
+        "who is nobody",
+        "temperature",
+    )
     for row, text in zip(rows[1:], texts, strict=True):
         assert text in row[ERROR]
-        assert row[ERROR]
         assert (row["generated_text"], row["finish_reason"]) == ("", "error")
     assert rows[1]["prompt"] == "Hello"
 
@@ -107,7 +121,7 @@ def test_rows_without_a_prompt_column_end_the_run(ready: EngineWorker):
 
 def test_a_bad_row_may_end_the_run(ready: EngineWorker, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ready, "_config", EngineProcessorConfig(**options, should_continue_on_error=False))
-    with pytest.raises(ValueError, match="a row cannot be answered: .*top_p"):
+    with pytest.raises(ValueError, match=r"a row cannot be answered: .*top_p"):
         answer(ready, [{"prompt": "Hello"}, {"prompt": "Hello", "sampling_params": {"top_p": 7.0}}])
 
 
