@@ -38,6 +38,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.engine",),
     ("jaxserve.beam_search",),
     ("jaxserve.llm", "jaxserve.server"),
+    ("jaxserve.ray",),
     ("jaxserve",),  # the package itself: its public names
     ("jaxserve.bench",),
     ("jaxserve.cli",),
