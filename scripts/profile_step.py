@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.batch import Bucket, Limits, State, layout, packed_size
-from jaxserve.engine.runner import COMPILER_OPTIONS
+from jaxserve.engine.blueprint import COMPILER_OPTIONS
 from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.weights import LoadedModel, load_model, read_hf_config

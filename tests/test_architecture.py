@@ -50,9 +50,9 @@ WITHOUT_JAX = ("jaxserve.engine.scheduler", "jaxserve.engine.balancer", "jaxserv
 
 # Imports of our own code inside functions. The public names and the model registry are lazy so that only what is used
 # is loaded; the command line is, so that `--help` and a misspelled flag answer before jax is there.
-LAZY = ("jaxserve", "jaxserve.models", "jaxserve.cli.bench", "jaxserve.cli.chat", "jaxserve.cli.convert",
-        "jaxserve.cli.dry_run", "jaxserve.cli.generate", "jaxserve.cli.launch", "jaxserve.cli.router",
-        "jaxserve.cli.run_batch", "jaxserve.cli.serve")  # fmt: skip
+LAZY = ("jaxserve", "jaxserve.models", "jaxserve.cli.bench", "jaxserve.cli.chat", "jaxserve.cli.compile",
+        "jaxserve.cli.convert", "jaxserve.cli.dry_run", "jaxserve.cli.generate", "jaxserve.cli.launch",
+        "jaxserve.cli.router", "jaxserve.cli.run_batch", "jaxserve.cli.serve")  # fmt: skip
 
 READS_ENVIRONMENT = ("sharding.launch", "jaxserve.cli")
 BANNED_CALLS = ("hasattr", "eval", "exec", "__import__")

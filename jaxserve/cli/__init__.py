@@ -29,6 +29,7 @@ COMMANDS = {
     "bench offline": ("bench", "measure throughput and latency on random prompts"),
     "bench serve": ("bench_serve", "measure a running server under load"),
     "convert": ("convert", "write a model as an engine-ready checkpoint that loads faster"),
+    "compile": ("compile", "compile ahead of time, also for a TPU slice that is not there, and say whether it fits"),
     "launch": ("launch", "run a command or script on many devices, processes and hosts"),
 }
 OVERVIEW = """usage: jaxserve COMMAND [OPTIONS]

@@ -138,7 +138,7 @@ class EngineArgs:
     block_size: int | None = field(
         default=None,
         metadata=about(
-            "tokens per cache page, a power of two; 64, on CPU 32",
+            "tokens per cache page, a power of two; 64, on TPU 128, on CPU 32",
             "cache",
             "int",
             low=SMALLEST_BLOCK,

@@ -20,6 +20,7 @@ from jaxserve.config.parallel import ParallelConfig
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+BLOCK_SIZES = MappingProxyType({"cpu": 32, "gpu": 64, "tpu": 128})  # a TPU works on tiles of 128 columns
 LARGE_GPU_BYTES = 70 * 2**30
 CACHE_FOLDER = Path(".cache") / "jaxserve"  # in the home folder
 
@@ -59,6 +60,7 @@ class EngineConfig:
     logprobs_mode: str
     parallel: ParallelConfig
     block_size: int
+    gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
@@ -127,7 +129,7 @@ def resolve(
         "fit_max_model_len": args.max_model_len is None,
         "served_model_names": tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
         "parallel": ParallelConfig(args.tensor_parallel_size, args.data_parallel_size),
-        "block_size": args.block_size or (32 if on_cpu else 64),
+        "block_size": args.block_size or BLOCK_SIZES[platform],
         "max_num_seqs": seqs,
         "max_num_batched_tokens": tokens,
         "decode_steps": args.decode_steps or (1 if on_cpu else 8),
@@ -161,8 +163,7 @@ def _default_sizes(platform: str, memory: int | None, kind: str) -> tuple[int, i
         large = memory is not None and memory >= LARGE_GPU_BYTES and "a100" not in kind.lower()
         return (1024, 16384) if large else (256, 8192)
     if platform == "tpu":
-        kinds = {"v5p": 512, "v5 lite": 1024, "v5e": 1024}
-        return 256, next((tokens for name, tokens in kinds.items() if name in kind.lower()), 2048)
+        return 256, 1024 if "v5 lite" in kind.lower() else 2048
     return 256, 4096
 
 

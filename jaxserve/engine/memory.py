@@ -3,14 +3,17 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractDevice
 
 from jaxserve.batch import Bucket
 from jaxserve.config import EngineConfig
 from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
+from sharding.topology import generation_of
 
 GIB = 1 << 30
 HOLE_BYTES = 64 << 20  # kept free among the arrays that live long, for the small ones that come and go
@@ -130,20 +133,51 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
     return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
 
 
-def memory_limit(devices: Sequence[jax.Device]) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes that each accelerator's allocator has left for the engine; None on CPU. Ask before a model takes any."""
+def memory_limit(devices: Sequence[Any], utilization: float) -> int | None:
+    """Bytes that each accelerator has left for the engine; None on CPU. Ask before a model takes any.
+
+    The allocator of a GPU was given its share when jax started; a TPU's has all of the memory. TPUs that are only
+    compiled for have no allocator: there it is what the compiler allows.
+    """
     if devices[0].platform == "cpu":
         return None
-    stats = [device.memory_stats() or {} for device in devices]
-    return min(one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats) - HOLE_BYTES
+    stats = [_allocator(device) for device in devices]
+    share = utilization if devices[0].platform == "tpu" else 1.0
+    return min(int(one["bytes_limit"] * share) - one["bytes_in_use"] for one in stats) - HOLE_BYTES
+
+
+def total_memory(device: Any, utilization: float) -> int | None:
+    """Bytes of the device, as far as known."""
+    limit = _allocator(device)["bytes_limit"] if device.platform != "cpu" else 0
+    return int(limit / utilization if device.platform == "gpu" else limit) or None
+
+
+def _allocator(device: Any) -> dict[str, int]:
+    """The allocator's limit and what is in use, in bytes."""
+    known = generation_of(device.device_kind)
+    nothing = {"bytes_limit": 0 if known is None else known.hbm_bytes, "bytes_in_use": 0}
+    if isinstance(device, AbstractDevice):
+        return nothing
+    try:
+        return nothing | (device.memory_stats() or {})
+    except jax.errors.JaxRuntimeError:  # the device is only compiled for
+        return nothing
 
 
 def _too_small(plan: MemoryPlan, needed: int) -> str:
     fits = plan.cache_tokens
+    numbers = (
+        f"weights {plan.weights / GIB:.2f} GiB, working memory {plan.working / GIB:.2f} GiB, "
+        f"limit {plan.limit / GIB:.2f} GiB"
+    )
+    if not fits:
+        return (
+            f"There is no room for the cache ({numbers} on each device). Use more devices (tensor_parallel_size), "
+            "raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs."
+        )
     return (
         f"The cache has room for {plan.num_pages} pages of {plan.page_size} tokens ({fits:,} tokens), but one request "
         f"of max_model_len={plan.max_model_len:,} tokens needs {needed} pages "
-        f"({needed * plan.page_bytes / GIB:.2f} GiB; weights {plan.weights / GIB:.2f} GiB, working memory "
-        f"{plan.working / GIB:.2f} GiB, limit {plan.limit / GIB:.2f} GiB). Lower max_model_len to at most {fits:,} or "
+        f"({needed * plan.page_bytes / GIB:.2f} GiB; {numbers}). Lower max_model_len to at most {fits:,} or "
         "max_num_batched_tokens, or raise gpu_memory_utilization, kv_cache_memory_bytes or num_gpu_blocks_override."
     )

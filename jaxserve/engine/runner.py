@@ -3,10 +3,9 @@
 import collections
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,14 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.batch import Bucket, EditRows, Level, Limits, SlotTable, State, pack
 from jaxserve.config import EngineConfig
 from jaxserve.engine.balancer import Plan
+from jaxserve.engine.blueprint import Blueprint, buckets_of, draft
 from jaxserve.engine.edits import step_edits
 from jaxserve.engine.helpers import Tracers
-from jaxserve.engine.memory import HOLE_BYTES, MemoryPlan, estimate_working, memory_limit, plan_memory
+from jaxserve.engine.memory import HOLE_BYTES, memory_limit
 from jaxserve.engine.mirror import Mirror
 from jaxserve.engine.programs import Buckets, Programs, StepCompiler
 from jaxserve.engine.results import Results
-from jaxserve.engine.step import ScoreMode
-from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, read_bucket, state_shapes, write_bucket
+from jaxserve.engine.tracing import ProgramStore, Tracer, read_bucket, write_bucket
 from jaxserve.types import Work
 from jaxserve.weights import ModelPlan
 from sharding.channel import ChannelClosed
@@ -33,20 +32,6 @@ from sharding.place import place
 logger = logging.getLogger(__name__)
 
 AHEAD = 2  # steps that a follower launches before it waits for the oldest
-
-# Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
-# most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
-# seconds of CPU time of a program's compilation, and cuBLAS's are as fast (docs/decisions.md). Tuning the choice among
-# those runs them, with operands of its own, in memory that steps count on when a program compiles beside them.
-COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
-    {
-        "gpu": {
-            "xla_disable_hlo_passes": "rematerialization,hlo-rematerialization",
-            "xla_gpu_enable_triton_gemm": False,
-            "xla_gpu_autotune_level": "0",
-        }
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -87,35 +72,21 @@ class Runner:
         self._devices = [device for device in model.devices if device.process_index == jax.process_index()]
         self._platform = self._devices[0].platform
         self._threads = threads
-        self._memory_limit = memory_limit(self._devices)
-        self.buckets = Buckets(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.decode_steps,
-            accelerator=self._platform != "cpu",
-        )
+        self._memory_limit = memory_limit(self._devices, config.gpu_memory_utilization)
+        self.buckets = buckets_of(config)
         self._tables = [SlotTable(config.max_num_seqs) for _ in range(config.parallel.data_parallel_size)]
         self._leaves: tuple[jax.Array, ...] = ()
-        self._start(estimate_working(model.model_config, self.buckets.largest, self._cache_dtype, self._parts))
+        self._start()
 
-    def _start(self, working: int) -> None:
+    def _start(self, working: int | None = None) -> None:
         """Plan the memory, with so many bytes for the working memory of a step, and start compiling."""
-        self.plan = plan_memory(
-            self.config,
-            self._model.model_config,
-            self._memory_limit,
-            weights=self._model.device_bytes,
-            working=working,
-            dtype=self._cache_dtype,
-            parts=self._parts,
-        )
-        self.plan = replace(self.plan, num_pages=self._mirror.least(self.plan.num_pages))
+        plan = draft(self._model, self.config, self._memory_limit, working)
+        self.plan = replace(plan, num_pages=self._mirror.least(plan.num_pages))
         self.config = self.config.fitted(self._mirror.least(self.plan.max_model_len))
-        self._limits = self.limits(self.plan)
-        model = self._model
-        self._abstract_state = state_shapes(model.model_config, self._limits, self._cache_dtype, model.mesh)
+        blueprint = Blueprint(self._model, self.config, self.plan, self._devices[0])
+        self._limits, self._abstract_state = blueprint.limits, blueprint.state
         warmup = self.config.warmup
-        self._tracers, compiler = self._compiler()
+        self._tracers, compiler = self._compiler(blueprint)
         self.programs = Programs(
             compiler, threads=self._threads, background=warmup == "lazy", when_warm=self._tracers.rest
         )
@@ -123,25 +94,13 @@ class Runner:
             first = self.buckets.essential()
             self.programs.warm_up(first, then=[bucket for bucket in self.buckets.all() if bucket not in first])
 
-    def _compiler(self) -> tuple[Tracers, StepCompiler]:
+    def _compiler(self, blueprint: Blueprint) -> tuple[Tracers, StepCompiler]:
         """What traces and what compiles steps, for the sizes as they are planned now."""
-        model, mode = self._model, ScoreMode.parse(self.config.logprobs_mode)
-        recipe = Recipe.of(model, self._limits, mode, self._devices[0])
         # Tracing beside each other pays where warming up is the rule and cores are plenty.
         helpers = self._threads // 2 if self.config.warmup != "none" and self._platform != "cpu" else 0
-        tracers = Tracers(Tracer(recipe, model), recipe, helpers)
+        tracers = Tracers(Tracer(blueprint.recipe, self._model), blueprint.recipe, helpers)
         cache = jax.config.jax_compilation_cache_dir
-        compiler = StepCompiler(
-            tuple(model.parameters.values()),
-            self._abstract_state,
-            self._limits,
-            model.mesh,
-            tracers,
-            recipe.digest,
-            None if cache is None or not recipe.portable else ProgramStore(Path(cache) / "steps"),
-            COMPILER_OPTIONS.get(self._platform, {}),
-        )
-        return tracers, compiler
+        return tracers, blueprint.compiler(tracers, None if cache is None else ProgramStore.inside(Path(cache)))
 
     def prepare(self, leaves: tuple[jax.Array, ...]) -> None:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.
@@ -179,27 +138,6 @@ class Runner:
     def _concrete_mesh(self) -> Mesh:
         assert isinstance(self._model.mesh, Mesh)  # there are devices
         return self._model.mesh
-
-    @property
-    def _parts(self) -> int:
-        """Devices that share a copy of the model."""
-        return self._model.mesh.shape["model"]
-
-    @property
-    def _cache_dtype(self) -> np.dtype:
-        return np.dtype(self._model.dtype)
-
-    def limits(self, plan: MemoryPlan) -> Limits:
-        """The sizes no step changes, under a memory plan."""
-        vocab = self._model.model_config.vocab_size
-        most = self.config.max_logprobs
-        return Limits(
-            max_num_seqs=self.config.max_num_seqs,
-            pages_per_seq=-(-self.config.max_model_len // plan.page_size),
-            page_size=plan.page_size,
-            num_pages=plan.num_pages,
-            max_logprobs=vocab if most < 0 else min(most, vocab),
-        )
 
     def launch(self, plan: Plan) -> InFlight:
         """Start a step and return at once; the copy of its results to the host is under way."""

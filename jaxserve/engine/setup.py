@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import jax
 
 from jaxserve.checkpoints import find_model, read_generation_config, read_hf_config
 from jaxserve.config import EngineArgs, EngineConfig, load_generation_config, merge_overrides, resolve
+from jaxserve.engine.blueprint import settled
+from jaxserve.engine.memory import total_memory
 from jaxserve.engine.mirror import Mirror
 from jaxserve.engine.runner import Runner
 from jaxserve.text import Tokenizer, load_tokenizer
@@ -21,9 +23,6 @@ from jaxserve.weights import load_weights, plan_model
 from sharding.mesh import make_mesh
 
 logger = logging.getLogger(__name__)
-
-SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
-
 
 OWN_FACTS = ("model", "compilation_cache_dir", "log_stats", "use_tqdm_on_load", "served_model_names")  # may differ
 
@@ -57,7 +56,7 @@ def build_parts(args: EngineArgs) -> Parts:
         hf_config,
         _generation_config(args, path),
         jax.default_backend(),
-        device_memory=_total_memory(device, args.gpu_memory_utilization),
+        device_memory=total_memory(device, args.gpu_memory_utilization),
         device_kind=device.device_kind,
     )
     parallel = config.parallel
@@ -73,8 +72,7 @@ def build_parts(args: EngineArgs) -> Parts:
             mesh=make_mesh(parallel.data_parallel_size, parallel.tensor_parallel_size, devices),
             max_model_len=config.max_model_len,
         )
-        if args.decode_steps is None and model.device_bytes > SLOW_BYTES:
-            config = replace(config, decode_steps=1)
+        config = settled(config, args, model)
         # XLA uses several cores for a program, and the engine is at work beside.
         mirror = Mirror.open(facts(config, hf_config))
         runner = Runner(model, config, threads=max(1, (os.cpu_count() or 1) // 4), mirror=mirror)
@@ -163,9 +161,3 @@ def use_compilation_cache(folder: Path | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _total_memory(device: jax.Device, fraction: float) -> int | None:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes of the device, from what the allocator may take of it."""
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    return None if limit is None else int(limit / fraction)

@@ -21,7 +21,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -62,9 +62,8 @@ class Recipe:
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
-        """For this model on the devices of its mesh, of which one is `device`."""
-        cores = device.core_count if device.platform == "gpu" else None
-        place = (device.device_kind, cores, device.platform)
+        """For this model on the devices of its mesh, of which one is `device` (or stands for them)."""
+        place = device_facts(device)
         sizes = (model.mesh.shape["data"], model.mesh.shape["model"])
         return cls(model.hf_config, model.max_model_len, str(model.dtype), limits, mode, place, sizes)
 
@@ -102,7 +101,7 @@ class Recipe:
     def abstract_mesh(self) -> jax.sharding.AbstractMesh:
         """Stands for the devices, which need not exist here."""
         kind, cores, platform = self.device
-        return abstract_mesh(*self.mesh, jax.sharding.AbstractDevice(kind, cores, platform))
+        return abstract_mesh(*self.mesh, AbstractDevice(kind, cores, platform))
 
     def digest(self, bucket: Bucket) -> str:
         """Names the program of a bucket; changes with our code, the libraries and jax's settings, too."""
@@ -110,6 +109,13 @@ class Recipe:
         versions = (jax.__version__, flax.__version__, np.__version__)
         facts = [self.dumps(), write_bucket(bucket), settings, versions, code_digest()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def device_facts(device: Any) -> tuple[str, int | None, str]:
+    """Kind, number of cores (SMs of a GPU, TensorCores of a TPU) and platform of a device, which may be abstract."""
+    if device.platform == "gpu" and not isinstance(device, AbstractDevice):
+        return device.device_kind, device.core_count, "gpu"
+    return device.device_kind, None if device.platform == "cpu" else device.num_cores, device.platform
 
 
 def write_bucket(bucket: Bucket) -> list[int]:
@@ -234,6 +240,11 @@ class ProgramStore:
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     if time.time() - path.stat().st_mtime > seconds:
                         path.unlink()
+
+    @classmethod
+    def inside(cls, cache: Path) -> "ProgramStore":
+        """The one in a folder of compiled programs."""
+        return cls(cache / "steps")
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.zlib"

@@ -35,7 +35,7 @@ def test_defaults_on_each_platform():
     cpu, gpu, tpu = (configure(platform) for platform in ("cpu", "gpu", "tpu"))
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.block_size, cpu.dtype) == (256, 4096, 32, "float32")
     assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.block_size, gpu.dtype) == (256, 8192, 64, "bfloat16")
-    assert (tpu.max_num_seqs, tpu.max_num_batched_tokens, tpu.block_size, tpu.dtype) == (256, 2048, 64, "bfloat16")
+    assert (tpu.max_num_seqs, tpu.max_num_batched_tokens, tpu.block_size, tpu.dtype) == (256, 2048, 128, "bfloat16")
     assert (cpu.warmup, gpu.warmup, tpu.warmup) == ("none", "lazy", "lazy")
     assert cpu.max_model_len == 2048
     assert cpu.fit_max_model_len
@@ -57,7 +57,7 @@ def test_defaults_on_each_platform():
     ("gpu", 24 * GIB, "NVIDIA L4", (256, 8192)),
     ("tpu", None, "TPU v6 lite", (256, 2048)),
     ("tpu", None, "TPU v5 lite", (256, 1024)),
-    ("tpu", None, "TPU v5p", (256, 512)),
+    ("tpu", None, "TPU v5", (256, 2048)),
 ])  # fmt: skip
 def test_batch_sizes_by_device(platform, memory, kind, sizes):
     config = resolve(EngineArgs(), HF, {}, platform, device_memory=memory, device_kind=kind)
