@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import paged_attention
+from pallas_kernels.kv_layout import TPU_LANES, page_layout
 from pallas_kernels.rope_kv_write import rope_kv_write
 
 Index = int | Int[Array, ""]  # of a layer in the stacked cache, static or traced
@@ -38,14 +39,20 @@ class Chunks:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers in one donated array `[L, pages, 2, K, p, H]` (2: key, value)."""
+    """Keys and values of all layers in one donated array `[L, pages, kinds, K, p, width]`.
 
-    kv: Float[Array, "L pages 2 K p H"]
+    The kinds are key and value, as wide as the heads; TPUs want whole lanes (`pallas_kernels.kv_layout`).
+    """
+
+    kv: Float[Array, "L pages kinds K p width"]
 
     @staticmethod
-    def shape(num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
+    def shape(
+        num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, platform: str = "cpu"
+    ) -> tuple[int, ...]:
         """The array's shape; its product times the item size is its memory."""
-        return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
+        kinds, width = page_layout(head_dim, lanes=TPU_LANES if platform == "tpu" else None)
+        return (num_layers, num_pages, kinds, num_kv_heads, page_size, width)
 
     @property
     def num_pages(self) -> int:

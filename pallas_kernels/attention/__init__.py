@@ -7,8 +7,9 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import batched, mosaic_gpu, reference
+from pallas_kernels.attention import batched, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.dispatch import Op
+from pallas_kernels.kv_layout import as_queries, from_values
 
 
 def _xla(*arrays: Any, **options: Any) -> Array:
@@ -17,12 +18,13 @@ def _xla(*arrays: Any, **options: Any) -> Array:
     return lax.platform_dependent(*arrays, cpu=cpu, default=other)
 
 
-OP = Op("paged_attention", {"mosaic_gpu": mosaic_gpu.paged_attention, "xla": _xla})
+TABLE = {"mosaic_gpu": mosaic_gpu.paged_attention, "mosaic_tpu": mosaic_tpu.paged_attention, "xla": _xla}
+OP = Op("paged_attention", TABLE)
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p width"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
@@ -37,10 +39,11 @@ def paged_attention(
 
     Sequence `s` owns the rows `cu_q_lens[s]:cu_q_lens[s + 1]`. They are its last positions: row `t` stands at position
     `kv_lens[s] - cu_q_lens[s + 1] + t`, and its own key and value are already in the cache. The key at column `c` is
-    in `kv[layer, page_table[s, c // p], 0, :, c % p]`, its value at index 1 of the same page. Row `t` sees columns
-    `c <= position`, of these only the last `window` (`position - c < window`). The score of a query `x` and a key `y`
-    is `scale * (x . y)`, then `soft_cap * tanh(score / soft_cap)`; softmax and sums are float32. The `N` query heads
-    are groups of `N / K` consecutive heads per key head.
+    in `kv[layer, page_table[s, c // p], 0, :, c % p]`, its value at index 1 of the same page; where a page is laid out
+    otherwise (`pallas_kernels.kv_layout`) the layout follows from its shape. Row `t` sees columns `c <= position`, of
+    these only the last `window` (`position - c < window`). The score of a query `x` and a key `y` is `scale * (x . y)`,
+    then `soft_cap * tanh(score / soft_cap)`; softmax and sums are float32. The `N` query heads are groups of `N / K`
+    consecutive heads per key head.
 
     Decodes (one row), prefill chunks and padding mix freely. Sequences without rows are padding; rows at or past
     `cu_q_lens[S]` are padding and come out as 0, as does a row that sees nothing. `T == S` suggests that every
@@ -48,7 +51,7 @@ def paged_attention(
     Cache cells past a sequence's length must be finite. Entries of `page_table` past the used pages are ignored.
 
     Args:
-        q: queries; kv: stacked cache of all layers (2: key, value), `p` tokens per page.
+        q: queries; kv: stacked cache of all layers (kinds: key, value), `p` tokens per page.
         layer: index into the cache, static or traced.
         page_table: pages of each sequence in order; cu_q_lens: ascending row offsets, starting at 0.
         kv_lens: cached positions of each sequence, this step's included.
@@ -66,10 +69,11 @@ def paged_attention(
     """
     _check(q, kv, window, soft_cap)
     with jax.named_scope("paged_attention"):
-        return OP(
-            implementation, q, kv, layer, page_table, cu_q_lens, kv_lens,
+        out = OP(
+            implementation, as_queries(q, kv.shape[-1]), kv, layer, page_table, cu_q_lens, kv_lens,
             scale=scale, window=window, soft_cap=soft_cap,
         )  # fmt: skip
+        return from_values(out, q.shape[-1], kv.shape[2])
 
 
 def _check(q: Array, kv: Array, window: int | None, soft_cap: float | None) -> None:

@@ -14,7 +14,7 @@ BLOCK_TOKENS = 256  # keys per block, at most
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
@@ -40,7 +40,7 @@ def paged_attention(
         cells = kv.at[layer, pages].get(mode="clip")  # [n, pages, 2, K, p, H]
         keys, values = (
             cells[:, :, kind].transpose(0, 2, 1, 3, 4).reshape(len(seq), num_kv_heads, columns, width)
-            for kind in (0, 1)
+            for kind in (0, kv.shape[2] - 1)
         )
         scores = _einsum("nrkgh,nkch->nkrgc", tiles, keys) * scale
         if soft_cap is not None:

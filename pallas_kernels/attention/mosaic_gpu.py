@@ -17,7 +17,7 @@ SHORT = 32  # rows of a sequence up to which reading its cache costs more than m
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
@@ -36,7 +36,7 @@ def paged_attention(
 
 def hopper_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "bounds"],
@@ -79,9 +79,11 @@ def hopper_attention(
     return stream_attention(q, kv, layer, page_table, plan, config=config, out=out, **options).reshape(q.shape)
 
 
-def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages 2 K p H"]) -> None:
+def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) -> None:
     if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries {q.dtype} and cache {kv.dtype} must both be bfloat16 or both float16")
+    if kv.shape[2] != 2:
+        raise NotImplementedError("keys and values side by side in a page")
     if kv.shape[4] != PAGE:
         raise NotImplementedError(f"pages of {kv.shape[4]} tokens, the kernel serves {PAGE}")
     group, width = q.shape[1] // kv.shape[3], q.shape[2]

@@ -60,7 +60,7 @@ def _tuned(generation: str) -> dict[str, int]:
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
@@ -79,7 +79,7 @@ def paged_attention(
 
 def tpu_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "bounds"],
@@ -96,6 +96,37 @@ def tpu_attention(
     Raises:
         NotImplementedError: what the kernel cannot serve, with its values.
     """
+    # One traced function for all layers: lowering the kernel takes most of a second.
+    return _attend(
+        q,
+        kv,
+        jnp.asarray(layer, jnp.int32),
+        page_table,
+        cu_q_lens,
+        kv_lens,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        config=config,
+        interpret=interpret,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "interpret"))
+def _attend(
+    q: Float[Array, "T N H"],
+    kv: Float[Array, "L pages kinds K p H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, "S P"],
+    cu_q_lens: Int[Array, "bounds"],
+    kv_lens: Int[Array, "S"],
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: TpuConfig,
+    interpret: Any,
+) -> Float[Array, "T N H"]:
     _check(q, kv)
     num_tokens, heads, width = q.shape
     num_pages, key_heads = kv.shape[1], kv.shape[3]
@@ -104,7 +135,7 @@ def tpu_attention(
     tiles, count = plan(cu_q_lens, kv_lens, num_tokens, sizes, window)
     # In bounds whatever the caller left in unused entries.
     table = jnp.clip(page_table, 0, num_pages - 1).reshape(-1)
-    scalars = tiles.reshape(-1), table, jnp.stack((count, cu_q_lens[-1], jnp.asarray(layer, jnp.int32)))
+    scalars = tiles.reshape(-1), table, jnp.stack((count, cu_q_lens[-1], layer))
     words = sum(x.size for x in scalars)
     if words * 4 > config.smem_bytes:
         raise NotImplementedError(
@@ -133,7 +164,7 @@ def tpu_attention(
     return call(*scalars, q.reshape(num_tokens, key_heads, group, width), kv).reshape(q.shape)
 
 
-def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages 2 K p H"]) -> None:
+def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) -> None:
     if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"queries {q.dtype} and cache {kv.dtype} must both be bfloat16 or both float32")
 
@@ -142,7 +173,7 @@ def fit(
     num_tokens: int,
     seqs: int,
     heads: int,
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     config: TpuConfig,
     *,
     interpret: bool = False,
@@ -152,7 +183,7 @@ def fit(
     Raises:
         NotImplementedError: not even the smallest fit, or the compiler cannot tile these pages.
     """
-    key_heads, page, width = kv.shape[3:]
+    kinds, key_heads, page, width = kv.shape[2:]
     packed = SUBLANES * 4 // kv.dtype.itemsize
     if not interpret and (page % packed or width % LANES):
         raise NotImplementedError(f"pages of {page} x {width}, the kernel serves multiples of {packed} x {LANES}")
@@ -160,7 +191,7 @@ def fit(
     long = short if num_tokens <= short or num_tokens == seqs else min(config.long_rows, num_tokens)
     pages = max(config.block_tokens // page, 1)
     while True:
-        sizes = Sizes(short, long, pages, page, key_heads, heads // key_heads, width)
+        sizes = Sizes(short, long, pages, page, kinds, key_heads, heads // key_heads, width)
         needed = sizes.vmem_bytes(kv.dtype.itemsize)
         if needed <= config.vmem_bytes:
             return sizes

@@ -1,6 +1,7 @@
 """The kernel of `pallas_kernels.attention.mosaic_tpu`: what one TPU core does with its tiles."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 COLUMNS = ("seq", "first", "count", "position", "low", "high")  # of the table of tiles; position is the first row's
 LANES, SUBLANES = 128, 8
+UNROLLED_ROWS = 64  # of a tile and key head, up to which the heads are unrolled
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # score of a key that a row does not see; its sums stay finite
 
 Ref = Any
@@ -26,6 +28,7 @@ class Sizes:
     long_rows: int
     pages: int
     page: int
+    kinds: int
     key_heads: int
     group: int
     width: int
@@ -39,7 +42,9 @@ class Sizes:
         rows, heads = self.long_rows, (self.key_heads, self.group, self.width)
         flat = (self.key_heads, rows * self.group)
         return [
-            pltpu.VMEM((2, self.pages, 2, self.key_heads, self.page, self.width), kv_dtype),  # two blocks in turns
+            pltpu.VMEM(
+                (2, self.pages, self.kinds, self.key_heads, self.page, self.width), kv_dtype
+            ),  # two blocks in turns
             pltpu.VMEM((2, rows, *heads), q_dtype),  # queries of this tile and of the next
             pltpu.VMEM((rows, *heads), q_dtype),  # results
             pltpu.VMEM((*flat, self.width), q_dtype),  # queries by key head
@@ -55,7 +60,7 @@ class Sizes:
         """Of the scratch arrays, padded to whole tiles, and of the scores of one head that exist between them."""
         flat = -(-self.long_rows * self.group // SUBLANES) * SUBLANES
         width, packed = -(-self.width // LANES) * LANES, SUBLANES * 4 // itemsize
-        blocks = 4 * self.pages * self.key_heads * -(-self.page // packed) * packed * width * itemsize
+        blocks = 2 * self.pages * self.kinds * self.key_heads * -(-self.page // packed) * packed * width * itemsize
         group = max(1 << (self.group - 1).bit_length(), 4 // itemsize)
         queries = 3 * self.long_rows * self.key_heads * (group if group < packed else -(-group // packed) * packed)
         sums = self.key_heads * flat * (width * itemsize + (2 * LANES + width) * 4)
@@ -68,7 +73,7 @@ def kernel(
     table_ref: Ref,  # int32 [S x P] pages
     counts_ref: Ref,  # int32 [3]: tiles, rows of all sequences, layer
     q_ref: Ref,  # [T K G H], in HBM
-    kv_ref: Ref,  # [L pages 2 K p H], in HBM
+    kv_ref: Ref,  # [L pages kinds K p H], in HBM
     out_ref: Ref,  # [T K G H], in HBM
     blocks: Ref,
     queries: Ref,
@@ -99,14 +104,25 @@ def kernel(
 
     def each_page(tile: Index, block: Index, slot: Index, *, wait: bool) -> None:
         """Start or await the copies of a block's pages, as far as the tile sees them."""
-        newest = column(tile, "position") + column(tile, "count")
-        pages = jnp.clip((newest + sizes.page - 1) // sizes.page - block * sizes.pages, 0, sizes.pages)
 
         def one(index: Int[Array, ""], _: None) -> None:
             copy = page_copy(tile, block, index, slot)
             copy.wait() if wait else copy.start()
 
-        lax.fori_loop(0, pages, one, None)
+        lax.fori_loop(0, pages_seen(tile, block), one, None)
+
+    def pages_seen(tile: Index, block: Index) -> Int[Array, ""]:
+        newest = column(tile, "position") + column(tile, "count")
+        return jnp.clip((newest + sizes.page - 1) // sizes.page - block * sizes.pages, 0, sizes.pages)
+
+    def clear_unseen(tile: Index, block: Index, slot: Index) -> None:
+        """What no copy has ever filled is multiplied by weights of 0, and must be finite."""
+
+        def one(index: Int[Array, ""], _: None) -> None:
+            values = blocks.at[slot, index, sizes.kinds - 1]
+            values[...] = jnp.zeros(values.shape, values.dtype)
+
+        lax.fori_loop(pages_seen(tile, block), sizes.pages, one, None)
 
     def query_copy(tile: Index, slot: Index) -> Any:
         rows = pl.ds(column(tile, "first"), column(tile, "count"))
@@ -117,10 +133,20 @@ def kernel(
     def out_copy(first: Index, count: Index) -> Any:
         return pltpu.make_async_copy(results.at[pl.ds(0, count)], out_ref.at[pl.ds(first, count)], out_sem.at[0])
 
-    def attend(tile: Index, block: Index, slot: Index, head: int, rows: int) -> None:
+    def each_head(rows: int, visit_head: Callable[[Index], None]) -> None:
+        """Small tiles leave the units idle unless heads overlap; a large one fills them, and is slow to compile."""
+        if rows * sizes.group <= UNROLLED_ROWS:
+            for head in range(sizes.key_heads):
+                visit_head(head)
+        else:
+            lax.fori_loop(0, sizes.key_heads, lambda head, _: visit_head(head), None)
+
+    def attend(tile: Index, block: Index, slot: Index, head: Index, rows: int) -> None:
         """Take a block into the running softmax of one key head (Milakov and Gimelshein 2018)."""
         own = pl.ds(0, rows * sizes.group)
-        keys, values = (blocks[slot, :, kind, head].reshape(sizes.block_tokens, sizes.width) for kind in (0, 1))
+        keys, values = (
+            blocks[slot, :, kind, head].reshape(sizes.block_tokens, sizes.width) for kind in (0, sizes.kinds - 1)
+        )
         scores = _dot(flat[head, own], keys, 1) * scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -141,12 +167,14 @@ def kernel(
         low, high, following = column(tile, "low"), column(tile, "high"), tile + cores
         query_copy(tile, turn % 2).wait()
         own = pl.ds(0, rows * sizes.group)
-        for head in range(sizes.key_heads):
-            found = queries[turn % 2, pl.ds(0, rows), head]
-            flat[head, own] = _merged(found)
+
+        def begin(head: Index) -> None:
+            flat[head, own] = _merged(queries[turn % 2, pl.ds(0, rows), head])
             top[head, own] = jnp.full((rows * sizes.group, LANES), HIDDEN, jnp.float32)
             total[head, own] = jnp.zeros((rows * sizes.group, LANES), jnp.float32)
             mixed[head, own] = jnp.zeros((rows * sizes.group, sizes.width), jnp.float32)
+
+        each_head(rows, begin)
 
         @pl.when(following < num_tiles)
         def _next_queries() -> None:
@@ -163,9 +191,12 @@ def kernel(
             def _next_tile() -> None:
                 each_page(following, column(following, "low"), (step + 1) % 2, wait=False)
 
+            @pl.when(step < 2)
+            def _new_slot() -> None:
+                clear_unseen(tile, block, step % 2)
+
             each_page(tile, block, step % 2, wait=True)
-            for head in range(sizes.key_heads):
-                attend(tile, block, step % 2, head, rows)
+            each_head(rows, lambda head: attend(tile, block, step % 2, head, rows))
             return step + 1
 
         step = lax.fori_loop(low, high, take, step)
@@ -174,14 +205,13 @@ def kernel(
         def _results_are_free() -> None:
             out_copy(0, column(tile - cores, "count")).wait()
 
-        for head in range(sizes.key_heads):
+        def end(head: Index) -> None:
             found = jnp.where(top[head, own][:, :1] > HIDDEN, mixed[head, own] / total[head, own][:, :1], 0)
             results[pl.ds(0, rows), head] = _split(found, rows).astype(results.dtype)
+
+        each_head(rows, end)
         out_copy(column(tile, "first"), column(tile, "count")).start()
         return step
-
-    # What no copy has filled is multiplied by weights of 0, and must be finite.
-    blocks[...] = jnp.zeros(blocks.shape, blocks.dtype)
 
     @pl.when(core < num_tiles)
     def _first() -> None:

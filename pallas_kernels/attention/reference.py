@@ -23,7 +23,7 @@ Block = Callable[[Int[Array, ""]], tuple[Float[Array, "c H"], Float[Array, "c H"
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     page_table: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
@@ -50,7 +50,7 @@ def paged_attention(
 
         def block(number: Int[Array, ""]) -> tuple[Float[Array, "c H"], Float[Array, "c H"]]:
             pages = _slice(table, (seq, number * block_pages), (1, block_pages))[0]
-            return _read(kv, layer, pages, 0, head), _read(kv, layer, pages, 1, head)
+            return _read(kv, layer, pages, 0, head), _read(kv, layer, pages, kv.shape[2] - 1, head)
 
         queries = _slice(grouped, place, tile_shape)[:, 0].astype(jnp.float32) * scale
         row = start + jnp.arange(rows, dtype=jnp.int32)
@@ -96,13 +96,13 @@ def _slice(array: Array, start: tuple[int | Int[Array, ""], ...], shape: tuple[i
 
 
 def _read(
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
     pages: Int[Array, "n"],
     kind: int,
     head: Int[Array, ""],
 ) -> Float[Array, "c H"]:
-    """Keys (kind 0) or values (1) of one head in these pages, float32."""
+    """Keys (kind 0) or values (the last) of one head in these pages, float32."""
     shape = (1, 1, 1, 1, *kv.shape[4:])
     cells = [_slice(kv, (layer, pages[i], kind, head, 0, 0), shape) for i in range(pages.shape[0])]
     return jnp.concatenate(cells, axis=4).reshape(-1, kv.shape[5]).astype(jnp.float32)

@@ -5,13 +5,15 @@ from jaxtyping import Array, Float, Int
 
 
 def write_kv(
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p H"],
     layer: int | Int[Array, ""],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    cells: Float[Array, "T kinds K H"],
     pages: Int[Array, "T"],
     offsets: Int[Array, "T"],
-) -> Float[Array, "L pages 2 K p H"]:
-    """See `pallas_kernels.kv_write.write_kv`. One scatter whose window is a token's keys and values of all heads."""
+) -> Float[Array, "L pages kinds K p H"]:
+    """See `pallas_kernels.kv_write.write_kv`; `cells` are keys and values as a page holds them.
+
+    One scatter whose window is a token's keys and values of all heads.
+    """
     pages = jnp.where(pages < 0, kv.shape[1], pages)  # jax would count negative pages from the end
-    return kv.at[layer, pages, :, :, offsets].set(jnp.stack((k, v), axis=1), mode="drop")
+    return kv.at[layer, pages, :, :, offsets].set(cells, mode="drop")

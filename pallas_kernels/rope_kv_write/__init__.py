@@ -11,7 +11,7 @@ OP = Op("rope_kv_write", {"mosaic_gpu": mosaic_gpu.rope_kv_write, "xla": referen
 
 def rope_kv_write(
     qkv: Float[Array, "T K heads H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p width"],
     layer: int | Int[Array, ""],
     cos: Float[Array, "T R"],
     sin: Float[Array, "T R"],
@@ -23,7 +23,7 @@ def rope_kv_write(
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L pages 2 K p H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "L pages kinds K p width"]]:
     """Turn the fused projection into queries and cached keys and values.
 
     Each KV head of `qkv` has its `G = heads - 2` query heads, its key and its value, in this order. Queries and keys
@@ -31,8 +31,8 @@ def rope_kv_write(
     rotated: feature `i` with feature `i + R` for `i < R`, by float32 `cos` and `sin`; features from `2 R` pass
     unchanged. Keys and values go to `kv[layer, pages[t], 0 or 1, :, offsets[t]]`, cast to its dtype.
 
-    Rows whose page is `>= pages` or negative are not written; their queries are made all the same. No two kept rows
-    may name the same cell. With `kv` donated the update is in place.
+    Rows whose page is `>= pages` or negative are not written; their queries are made all the same. Rows of one page
+    stand next to each other, in ascending order of their offsets. With `kv` donated the update is in place.
 
     Returns:
         The queries, `N = K G` heads in the dtype of `qkv`, and the updated cache.

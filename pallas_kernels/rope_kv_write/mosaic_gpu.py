@@ -24,7 +24,7 @@ MAX_BOX = 256  # elements of a TMA box along one axis
 
 def rope_kv_write(
     qkv: Float[Array, "T K heads H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p width"],
     layer: int | Int[Array, ""],
     cos: Float[Array, "T R"],
     sin: Float[Array, "T R"],
@@ -35,7 +35,7 @@ def rope_kv_write(
     k_scale: Float[Array, "H"] | None = None,
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L pages 2 K p H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "L pages kinds K p width"]]:
     """See `pallas_kernels.rope_kv_write.rope_kv_write`."""
     require_hopper()
     check(qkv, kv, cos, q_scale is not None or k_scale is not None)
@@ -49,6 +49,8 @@ def check(qkv: Array, kv: Array, cos: Array, norm: bool) -> None:
     """Raise `NotImplementedError`, naming the values, for what the kernel does not serve."""
     _, num_kv, heads, width = qkv.shape
     half = cos.shape[1]
+    if kv.shape[2] != 2 or kv.shape[5] != width:
+        raise NotImplementedError(f"pages that hold {kv.shape[2]} x {kv.shape[5]} for heads of {width} features")
     if qkv.dtype != kv.dtype or qkv.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"dtypes of qkv and kv are {qkv.dtype} and {kv.dtype}, not one 16-bit float")
     if half % 8 or width % 8 or cos.dtype != jnp.float32:

@@ -9,7 +9,7 @@ from pallas_kernels.kv_write import write_kv
 
 def rope_kv_write(
     qkv: Float[Array, "T K heads H"],
-    kv: Float[Array, "L pages 2 K p H"],
+    kv: Float[Array, "L pages kinds K p width"],
     layer: int | Int[Array, ""],
     cos: Float[Array, "T R"],
     sin: Float[Array, "T R"],
@@ -20,7 +20,7 @@ def rope_kv_write(
     k_scale: Float[Array, "H"] | None = None,
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L pages 2 K p H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "L pages kinds K p width"]]:
     """See `pallas_kernels.rope_kv_write.rope_kv_write`."""
     q = qkv[:, :, :-2].reshape(qkv.shape[0], -1, qkv.shape[-1])
     k, v = qkv[:, :, -2], qkv[:, :, -1]

@@ -7,22 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import QUICK
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import paged_attention
-from pallas_kernels.kv_write import OP, write_kv
+from pallas_kernels.kv_layout import as_cells
+from pallas_kernels.kv_write import write_kv
+from pallas_kernels.kv_write.mosaic_tpu import find_runs, tpu_write
 
 SHAPE = (3, 7, 2, 3, 4, 8)  # L pages 2 K p H
+INTERPRET = pltpu.InterpretParams(detect_races=True)
 
 
-@pytest.mark.parametrize("implementation", OP.table)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 @pytest.mark.parametrize("traced", [False, True])
-def test_matches_assignments(implementation: str, dtype: str, tokens: int, traced: bool):
+@pytest.mark.parametrize("on_tpu", [False, True])
+def test_matches_assignments(dtype: str, tokens: int, traced: bool, on_tpu: bool):
     rng = np.random.default_rng(tokens)
     kv = np.asarray(jnp.asarray(rng.standard_normal(SHAPE), dtype))
     k, v = (np.asarray(jnp.asarray(rng.standard_normal((tokens, 3, 8)), dtype)) for _ in range(2))
-    cells = rng.permutation(SHAPE[1] * SHAPE[4])[:tokens]
+    cells = np.sort(rng.permutation(SHAPE[1] * SHAPE[4])[:tokens])
     pages, offsets = (cells // SHAPE[4]).astype(np.int32), (cells % SHAPE[4]).astype(np.int32)
     pages[tokens // 2 :: 3] = [SHAPE[1], SHAPE[1] + 9, -1][tokens % 3]  # padding rows
 
@@ -33,10 +37,20 @@ def test_matches_assignments(implementation: str, dtype: str, tokens: int, trace
             expected[1, pages[t], 1, :, offsets[t]] = v[t]
 
     def call(kv, layer, *rest):
-        return write_kv(kv, layer if traced else 1, *rest, implementation=implementation)
+        if on_tpu:
+            cells = as_cells(*rest[:2], 2, SHAPE[5])
+            return tpu_write(kv, jnp.int32(layer), cells, *rest[2:], rows=2, cores=1 + traced, interpret=INTERPRET)
+        return write_kv(kv, layer if traced else 1, *rest, implementation="xla")
 
     got = jax.jit(call, compiler_options=QUICK)(*(jnp.asarray(x) for x in (kv, np.int32(1), k, v, pages, offsets)))
     np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+def test_runs_end_with_tiles_pages_and_gaps():
+    pages, offsets = [3, 3, 3, 3, 5, 9, -1, 5, 5, 5], [6, 7, 8, 9, 0, 0, 1, 2, 3, 5]
+    starts, ends, count = find_runs(jnp.asarray(pages), jnp.asarray(offsets), 9, 8)
+    runs = list(zip(starts[:count].tolist(), ends[:count].tolist(), strict=True))
+    assert runs == [(0, 2), (2, 4), (4, 5), (7, 9), (9, 10)]
 
 
 def test_rejects_another_dtype():
