@@ -4,9 +4,16 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op
-from pallas_kernels.top_k_top_p import mosaic_gpu, reference
+from pallas_kernels.top_k_top_p import mosaic_gpu, mosaic_tpu, reference
 
-OP = Op("top_k_top_p_floor", {"mosaic_gpu": mosaic_gpu.top_k_top_p_floor, "xla": reference.top_k_top_p_floor})
+OP = Op(
+    "top_k_top_p_floor",
+    {
+        "mosaic_gpu": mosaic_gpu.top_k_top_p_floor,
+        "mosaic_tpu": mosaic_tpu.top_k_top_p_floor,
+        "xla": reference.top_k_top_p_floor,
+    },
+)
 
 
 def top_k_top_p_floor(

@@ -25,11 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import require_hopper
+from pallas_kernels.top_k_top_p.search import LOWEST, between, order_of, value_of
 
 Ref = Any  # a jax.Ref or a part of one, for which pallas has no public type
 
 LANES = 128  # threads of a warpgroup: one logit each per vector
-LOWEST = -1.0e38  # stands for -inf where differences are taken
 LIST_BITS, ROW_BITS = 2, 3  # found by one pass over the lists, the row
 
 VECTOR = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -199,7 +199,7 @@ def search(
         def row_floor() -> Array:
             maxima = [functools.reduce(jnp.maximum, read(best_ref, rank)) for rank in range(sizes.keep)]
             tops = across(maxima, jnp.max)  # of each rank
-            base, last, bottom = jnp.maximum(tops[0], LOWEST), _order(tops[0]), _order(tops[-1]) + 1
+            base, last, bottom = jnp.maximum(tops[0], LOWEST), order_of(tops[0]), order_of(tops[-1]) + 1
             pairs = zip(read(sums_ref), read(best_ref), strict=True)
             parts = [total * jnp.exp(jnp.maximum(best, LOWEST) - base) for total, best in pairs]
             (everything,) = across([functools.reduce(jnp.add, parts)], jnp.sum)
@@ -238,17 +238,17 @@ def search(
                     need = jnp.where(counting, k, p * kept)
                     # If all logits were under this, they would not have the share 1 - p.
                     least = jnp.where(counting, nothing, base + jnp.log((1 - p) * kept / size) - 0.01)
-                    start = jnp.maximum(jnp.maximum(_order(floor), _order(least)), bottom)
+                    start = jnp.maximum(jnp.maximum(order_of(floor), order_of(least)), bottom)
                     on = jnp.where(counting, k > 0, p < 1)
                     order = _largest(functools.partial(measure, counting), need, jnp.where(on, start, last), last, bits)
-                    sure = (order > bottom) & (~filtered | (_order(floor) > bottom))
-                    return jnp.where(on, jnp.maximum(floor, _value(order)), floor), known & (sure | ~on)
+                    sure = (order > bottom) & (~filtered | (order_of(floor) > bottom))
+                    return jnp.where(on, jnp.maximum(floor, value_of(order)), floor), known & (sure | ~on)
 
                 return lax.fori_loop(0, 2, stage, (low, jnp.bool_(True)))
 
             floor, known = find(over_lists, bottom, LIST_BITS)
             # This way round, since the branch of the false condition is lowered twice.
-            return lax.cond(~known, lambda: find(over_row, _order(nothing), ROW_BITS)[0], lambda: floor)
+            return lax.cond(~known, lambda: find(over_row, order_of(nothing), ROW_BITS)[0], lambda: floor)
 
         result = lax.cond(active_ref[row] > 0, row_floor, lambda: nothing)
 
@@ -274,37 +274,10 @@ def _largest(
 
     def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        orders = _between(low, high, bits)
-        for order, value in zip(orders, measure([_value(order) for order in orders]), strict=True):
+        orders = between(low, high, bits)
+        for order, value in zip(orders, measure([value_of(order) for order in orders]), strict=True):
             low = jnp.where(value >= need, jnp.maximum(low, order), low)
             high = jnp.where(value >= need, high, jnp.minimum(high, order - 1))
         return low, high
 
     return lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (low, high))[0]
-
-
-def _between(low: Array, high: Array, bits: int) -> list[Array]:
-    """Ascending integers that cut a range into `2**bits` about equal parts."""
-    if bits == 0:
-        return []
-    middle = _middle(low, high)
-    return [*_between(low, middle - 1, bits - 1), middle, *_between(middle, high, bits - 1)]
-
-
-def _middle(low: Int[Array, ""], high: Int[Array, ""]) -> Int[Array, ""]:
-    """Their mean, rounded up, without overflow."""
-    return (low | high) - lax.shift_right_arithmetic(low ^ high, 1)
-
-
-def _order(value: Float[Array, ""]) -> Int[Array, ""]:
-    """Integers in the order of the floats."""
-    return _flip(lax.bitcast_convert_type(value, jnp.int32))
-
-
-def _value(order: Int[Array, ""]) -> Float[Array, ""]:
-    return lax.bitcast_convert_type(_flip(order), jnp.float32)
-
-
-def _flip(bits: Int[Array, ""]) -> Int[Array, ""]:
-    """Float bits to ordered integers, and back."""
-    return bits ^ (lax.shift_right_arithmetic(bits, 31) & 0x7FFFFFFF)

@@ -2,15 +2,17 @@
 
 Where every row's floor lies within its `HEAD` best tokens, those decide it. Elsewhere it is searched: float order is
 integer order of the bits (negative numbers reversed), so its 32 bits can be fixed one after the other, each with one
-compare-and-reduce pass over the row, which is exact and far cheaper than sorting it.
+compare-and-reduce pass over the row, which is exact and far cheaper than sorting it. Rows that several devices share
+are searched by `split_rows`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from pallas_kernels.top_k_top_p import split_rows
 
 HEAD = 128  # best tokens of a row that are looked at first
 SIGN = 1 << 31
@@ -25,58 +27,31 @@ def top_k_top_p_floor(
     axis: str | None = None,
 ) -> Float[Array, "S"]:
     """See `pallas_kernels.top_k_top_p.top_k_top_p_floor`. Filters that no row uses are skipped."""
-    row = _Row(logits, axis)
-    use_k = (top_k > 0) & (top_k < row.size)
+    if axis is not None:
+        return split_rows.top_k_top_p_floor(logits, top_k, top_p, min_p, axis)
+    use_k = (top_k > 0) & (top_k < logits.shape[1])
     use_p = top_p < 1
     off = jnp.full(logits.shape[0], -jnp.inf, jnp.float32)
     # log(0) = -inf keeps everything
-    low = lax.cond(jnp.any(min_p > 0), lambda: row.best() + jnp.log(min_p), lambda: off)
+    low = lax.cond(jnp.any(min_p > 0), lambda: jnp.max(logits, axis=1) + jnp.log(min_p), lambda: off)
 
     def search() -> Float[Array, "S"]:
-        kth = lax.cond(jnp.any(use_k), lambda: jnp.where(use_k, _kth(row, top_k), -jnp.inf), lambda: off)
+        kth = lax.cond(jnp.any(use_k), lambda: jnp.where(use_k, _kth(logits, top_k), -jnp.inf), lambda: off)
         floor = jnp.maximum(low, kth)
-        nucleus = lax.cond(jnp.any(use_p), lambda: jnp.where(use_p, _nucleus(row, top_p, floor), -jnp.inf), lambda: off)
+        nucleus = lax.cond(
+            jnp.any(use_p), lambda: jnp.where(use_p, _nucleus(logits, top_p, floor), -jnp.inf), lambda: off
+        )
         return jnp.maximum(floor, nucleus)
 
     def restrict() -> Float[Array, "S"]:
-        floor, certain = _floor_from_head(row, top_k, top_p, low, use_k, use_p)
+        floor, certain = _floor_from_head(logits, top_k, top_p, low, use_k, use_p)
         return lax.cond(jnp.all(certain), lambda: floor, search)
 
     return lax.cond(jnp.any(use_k | use_p), restrict, lambda: low)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Rows of logits, of which each device along `axis` holds a part."""
-
-    logits: Float[Array, "S V"]
-    axis: str | None
-
-    @property
-    def size(self) -> int:
-        """Logits of a whole row."""
-        return self.logits.shape[1] * (1 if self.axis is None else lax.axis_size(self.axis))
-
-    def best(self) -> Float[Array, "S"]:
-        best = jnp.max(self.logits, axis=1)
-        return best if self.axis is None else lax.pmax(best, self.axis)
-
-    def total(self, values: Shaped[Array, "S V"]) -> Shaped[Array, "S"]:
-        """The sum over a whole row."""
-        found = jnp.sum(values, axis=1, dtype=jnp.int32 if values.dtype == bool else values.dtype)
-        return found if self.axis is None else lax.psum(found, self.axis)
-
-    def head(self) -> Float[Array, "S _"]:
-        """The `HEAD` largest, or all if they are fewer."""
-        head = lax.top_k(self.logits, min(HEAD, self.logits.shape[1]))[0]
-        if self.axis is None:
-            return head
-        candidates = lax.all_gather(head, self.axis, axis=1, tiled=True)
-        return lax.top_k(candidates, min(HEAD, self.size))[0]
-
-
 def _floor_from_head(
-    row: _Row,
+    logits: Float[Array, "S V"],
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     low: Float[Array, "S"],
@@ -84,12 +59,12 @@ def _floor_from_head(
     use_p: Bool[Array, "S"],
 ) -> tuple[Float[Array, "S"], Bool[Array, "S"]]:
     """The floor where nothing under `low` may be kept, and for which rows the best `HEAD` tokens suffice to know it."""
-    head = row.head()
-    size = head.shape[1]
+    size = min(HEAD, logits.shape[1])
+    head = lax.top_k(logits, size)[0]
     kth = jnp.take_along_axis(head, jnp.clip(top_k - 1, 0, size - 1)[:, None], axis=1)
     floor = jnp.maximum(jnp.where(use_k[:, None], kth, -jnp.inf), low[:, None])
     best = jnp.max(head, axis=1, keepdims=True)  # a slice of `head` would make XLA sort the whole row
-    total = row.total(jnp.where(row.logits >= floor, jnp.exp(row.logits - best), 0.0))
+    total = jnp.sum(jnp.where(logits >= floor, jnp.exp(logits - best), 0.0), axis=1)
     weights = jnp.where(head >= floor, jnp.exp(head - best), 0.0)
     above = (head[:, None, :] > head[:, :, None]).astype(jnp.float32)
     larger = jnp.einsum("sij,sj->si", above, weights, precision=lax.Precision.HIGHEST)
@@ -99,24 +74,24 @@ def _floor_from_head(
     return jnp.where(use_p, jnp.maximum(nucleus, floor[:, 0]), floor[:, 0]), certain
 
 
-def _kth(row: _Row, top_k: Int[Array, "S"]) -> Float[Array, "S"]:
+def _kth(logits: Float[Array, "S V"], top_k: Int[Array, "S"]) -> Float[Array, "S"]:
     """The k-th largest logit, for `0 < k <= V`."""
-    keys = _ordered_bits(row.logits)
+    keys = _ordered_bits(logits)
 
     def enough(threshold: UInt32[Array, "S"]) -> Bool[Array, "S"]:
-        return row.total(keys >= threshold[:, None]) >= top_k
+        return jnp.sum(keys >= threshold[:, None], axis=1, dtype=jnp.int32) >= top_k
 
-    return _largest(enough, row.best())
+    return _largest(enough, jnp.max(logits, axis=1))
 
 
-def _nucleus(row: _Row, top_p: Float[Array, "S"], floor: Float[Array, "S"]) -> Float[Array, "S"]:
+def _nucleus(logits: Float[Array, "S V"], top_p: Float[Array, "S"], floor: Float[Array, "S"]) -> Float[Array, "S"]:
     """The largest float such that the logits from there on have the share `top_p` of all from `floor` on."""
-    keys, best = _ordered_bits(row.logits), row.best()
-    weights = jnp.where(row.logits >= floor[:, None], jnp.exp(row.logits - best[:, None]), 0.0)
-    budget = top_p * row.total(weights)
+    keys, best = _ordered_bits(logits), jnp.max(logits, axis=1)
+    weights = jnp.where(logits >= floor[:, None], jnp.exp(logits - best[:, None]), 0.0)
+    budget = top_p * jnp.sum(weights, axis=1)
 
     def enough(threshold: UInt32[Array, "S"]) -> Bool[Array, "S"]:
-        return row.total(jnp.where(keys >= threshold[:, None], weights, 0.0)) >= budget
+        return jnp.sum(jnp.where(keys >= threshold[:, None], weights, 0.0), axis=1) >= budget
 
     return _largest(enough, best)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.top_k_top_p import mosaic_gpu, top_k_top_p_floor
+from pallas_kernels.top_k_top_p import mosaic_gpu, mosaic_tpu, top_k_top_p_floor
 
 
 def brute_force(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -79,10 +80,57 @@ def test_kernels_lower_for_cuda(size: int):
     assert lowered.as_text().count("mosaic_gpu_v2") == 2
 
 
-def test_kernels_refuse_what_they_cannot_serve():
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_kernels_refuse_what_they_cannot_serve(name: str):
     args = as_arrays(np.zeros((1, 4)), [0], [1.0], [0.0])
-    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
-        top_k_top_p_floor(*args, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=name):
+        top_k_top_p_floor(*args, implementation=name)
+
+
+# Lists this short make some blocks search the whole rows.
+ON_TPU = functools.partial(
+    mosaic_tpu.floor,
+    vmem_bytes=1 << 24,
+    sizes=mosaic_tpu.Sizes(groups=2, keep=2, paired=1, inserts=2, unroll=2),
+    interpret=pltpu.InterpretParams(),
+)
+
+
+def assorted(rows: int, size: int) -> tuple[np.ndarray, ...]:
+    """Logits with ties, long tails and few tokens, and every kind of filter."""
+    rng = np.random.default_rng([rows, size])
+    logits = rng.standard_normal((rows, size)) * rng.choice([0.3, 3.0, 30.0], (rows, 1))
+    logits[1::5] = np.round(logits[1::5])
+    logits[2::5, rng.integers(size, size=size // 2)] = -np.inf
+    logits[3::5, 2:] = -np.inf
+    if rows > 9:
+        logits[9] = -np.inf
+    top_k = rng.choice([-1, 0, 1, 2, 50, size // 2, size - 1, size, 2 * size], rows)
+    top_p = rng.choice([1.0, 1.5, 0.9137, 0.99991, 0.5211, 1e-6, 0.0], rows)
+    return logits, top_k, top_p, rng.choice([0.0, 0.0, 0.0313, 0.21, 1.0], rows)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 128), (3, 4099), (17, 1000)])
+def test_tpu_kernel_in_the_interpreter(rows: int, size: int):
+    check(*assorted(rows, size), ON_TPU)
+
+
+def test_tpu_kernel_leaves_out_blocks_without_filters():
+    """The first block and the last are not read; NaN, which a search would not end well with, shows it."""
+    logits = np.random.default_rng(0).standard_normal((32, 40)).astype(np.float32)
+    logits[:8] = logits[24:] = np.nan
+    top_k, min_p = np.zeros(32, int), np.zeros(32)
+    top_k[11], min_p[17] = 3, 0.5
+    floors = np.asarray(jax.jit(ON_TPU)(*as_arrays(logits, top_k, np.ones(32), min_p)))
+    assert np.isneginf(floors[[0, 10, 12, 16, 24, 31]]).all()
+    assert (logits[11] >= floors[11]).sum() == 3
+    assert floors[17] == pytest.approx(logits[17].max() + np.log(0.5))
+
+
+def test_tpu_kernel_needs_room_for_eight_rows():
+    args = as_arrays(np.zeros((1, 300_000)), [0], [1.0], [0.0])
+    with pytest.raises(NotImplementedError, match=r"300000 logits need \d+ bytes of VMEM of 8388608"):
+        mosaic_tpu.floor(*args, vmem_bytes=1 << 23)
 
 
 @pytest.mark.gpu

@@ -131,7 +131,7 @@ FILTERS = {"tight": (tight, 4.0), "wide": (wide, 0.4)}  # and how far the logits
 
 
 @pytest.mark.parametrize(("parts", "size"), [(4, 1024), (8, 640)])
-def test_the_floor_is_exactly_that_of_whole_rows(parts: int, size: int) -> None:
+def test_the_sets_are_exactly_those_of_whole_rows(parts: int, size: int) -> None:
     """Of 8 x 80, a device has fewer than the 128 candidates of a row."""
 
     def floor(logits: jax.Array, *filters: jax.Array, axis: str | None = None) -> jax.Array:
@@ -147,9 +147,9 @@ def test_the_floor_is_exactly_that_of_whole_rows(parts: int, size: int) -> None:
         logits[16:20] = np.sort(logits[16:20], axis=1)  # the best on the last device
         filters = choose(rng, rows, size)
         arrays = [jnp.asarray(filters[name], t) for name, t in (("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"))]
-        expected = np.asarray(of_whole(logits, *arrays))
-        np.testing.assert_array_equal(of_parts(logits, *arrays), expected)
-        kept = ((logits >= expected[:, None]) & (logits > -INF)).sum(axis=1)
+        expected, found = (logits >= np.asarray(f(logits, *arrays))[:, None] for f in (of_whole, of_parts))
+        np.testing.assert_array_equal(found, expected)
+        kept = (expected & (logits > -INF)).sum(axis=1)
         assert kept.min() >= 1
         assert (kept.max() > 128) == (kind == "wide")
 
