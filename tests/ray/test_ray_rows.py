@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jaxserve.ray import EngineProcessorConfig, build_openai_app, build_processor, worker
+from jaxserve.engine.async_engine import EngineDeadError
+from jaxserve.ray import EngineProcessorConfig, ServingConfig, build_openai_app, build_processor, serving, worker
 from jaxserve.ray.devices import actor_options, choose_device
 from jaxserve.ray.processor import add_columns, unless_failed
 from jaxserve.ray.worker import ANSWER, ERROR, LOGPROBS, EngineWorker, plain_logprobs
@@ -22,7 +23,10 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def options(tiny_model: str, engine_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"model_source": tiny_model, "engine_kwargs": engine_kwargs}
+    return {
+        "model_source": tiny_model,
+        "engine_kwargs": {**engine_kwargs, "max_num_seqs": 4, "max_num_batched_tokens": 32},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,31 @@ def test_a_bad_row_may_end_the_run(ready: EngineWorker, options: dict[str, Any],
     monkeypatch.setattr(ready, "_config", EngineProcessorConfig(**options, should_continue_on_error=False))
     with pytest.raises(ValueError, match=r"a row cannot be answered: .*top_p"):
         answer(ready, [{"prompt": "Hello"}, {"prompt": "Hello", "sampling_params": {"top_p": 7.0}}])
+
+
+def test_a_dead_engine_ends_its_actor(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, quick_compilation: None
+):
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker, "claim_devices", lambda *_: None)
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    actor = EngineWorker(EngineProcessorConfig(**options), "cpu")
+    actor.close()
+    with pytest.raises(SystemExit):
+        answer(actor, [{"prompt": "Hello"}])
+
+
+def test_a_replica_with_a_dead_engine_is_unhealthy(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving, "claim_devices", lambda *_: None)
+    monkeypatch.setattr(serving.sys, "setswitchinterval", lambda _: None)
+    replica = serving.OpenAIReplica(ServingConfig(**options), "cpu")
+    asyncio.run(replica.check_health())
+    replica._engine.shutdown()
+    with pytest.raises(EngineDeadError):
+        asyncio.run(replica.check_health())
+    replica.__del__()
 
 
 @pytest.mark.parametrize(
