@@ -48,7 +48,7 @@ class KVCache:
 
     @staticmethod
     def shape(
-        num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, platform: str = "cpu"
+        num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, *, platform: str
     ) -> tuple[int, ...]:
         """The array's shape; its product times the item size is its memory."""
         kinds, width = page_layout(head_dim, lanes=TPU_LANES if platform == "tpu" else None)

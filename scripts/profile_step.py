@@ -124,7 +124,8 @@ def make_buffer(bucket: Bucket, limits: Limits, context: int) -> np.ndarray:
 def make_state(loaded: LoadedModel, limits: Limits) -> State:
     """An empty cache and token memory."""
     config = loaded.model_config
-    shape = KVCache.shape(config.num_layers, limits.num_pages, config.num_kv_heads, limits.page_size, config.head_dim)
+    sizes = (config.num_layers, limits.num_pages, config.num_kv_heads, limits.page_size, config.head_dim)
+    shape = KVCache.shape(*sizes, platform=jax.default_backend())
     tokens = jnp.zeros((limits.num_pages, limits.page_size), jnp.int32)
     return State(KVCache(jnp.zeros(shape, loaded.dtype)), tokens, jnp.zeros(limits.max_num_seqs, jnp.int32))
 

@@ -58,9 +58,10 @@ class MemoryPlan:
         return "\n".join(["memory plan", *lines])
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype, parts: int = 1) -> int:
+def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype, platform: str, parts: int = 1) -> int:
     """Bytes of one page over all layers on each of `parts` devices that share it, its token ids included."""
-    shape = KVCache.shape(model.num_layers, 1, model.num_kv_heads // parts, page_size, model.head_dim)
+    heads = model.num_kv_heads // parts
+    shape = KVCache.shape(model.num_layers, 1, heads, page_size, model.head_dim, platform=platform)
     return int(np.prod(shape)) * np.dtype(dtype).itemsize + page_size * np.dtype(np.int32).itemsize
 
 
@@ -102,7 +103,7 @@ def plan_memory(
     Raises:
         ValueError: when what is left cannot hold one request of `max_model_len` tokens; it names the numbers and flags.
     """
-    page = page_bytes(model, config.block_size, dtype, parts)
+    page = page_bytes(model, config.block_size, dtype, config.platform, parts)
     needed = -(-config.max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
         pages = config.num_gpu_blocks_override

@@ -31,7 +31,7 @@ from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
 from jaxserve.weights import ModelPlan, plan_model
 from pallas_kernels.dispatch import announce, recorded
-from sharding.mesh import abstract_mesh
+from sharding.mesh import abstract_mesh, platform_of
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
@@ -131,10 +131,10 @@ def read_bucket(numbers: list[int]) -> Bucket:
 
 @cache
 def code_digest() -> str:
-    """Of the source files of all our packages."""
+    """Of the source files of all our packages, and of the sizes that kernels read from files."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
+        for path in sorted(path for kind in ("*.py", "*.json") for path in (root / package).rglob(kind)):
             found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -146,9 +146,13 @@ def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh
     """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other."""
     pools = mesh.shape["data"]
     cache_shape = KVCache.shape(
-        model.num_layers, limits.num_pages * pools, model.num_kv_heads, limits.page_size, model.head_dim
+        model.num_layers,
+        limits.num_pages * pools,
+        model.num_kv_heads,
+        limits.page_size,
+        model.head_dim,
+        platform=platform_of(mesh),
     )
-
     ids = np.dtype(np.int32)
     history, slots = (limits.num_pages * pools, limits.page_size), (limits.max_num_seqs * pools,)
     arrays = (cache_shape, dtype), (history, ids), (slots, ids)

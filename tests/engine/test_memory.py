@@ -18,7 +18,7 @@ HF = {
 }  # fmt: skip
 MODEL = models.resolve(HF).config(HF)
 DTYPE = np.dtype(np.float16)
-PAGE = page_bytes(MODEL, 64, DTYPE)
+PAGE = page_bytes(MODEL, 64, DTYPE, "gpu")
 
 
 def configure(**options: int | str | None) -> EngineConfig:

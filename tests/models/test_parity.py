@@ -122,7 +122,7 @@ def forward(
 def run(config: ModelConfig, model: CausalLM, token_ids: np.ndarray, schedule: list[list[Part]]) -> dict:
     """Logits of every (row, position) the schedule computes."""
     table = np.random.default_rng(0).permutation(NUM_PAGES)[: 2 * PAGES_PER_SEQUENCE].reshape(2, -1)
-    shape = KVCache.shape(config.num_layers, NUM_PAGES, config.num_kv_heads, PAGE, config.head_dim)
+    shape = KVCache.shape(config.num_layers, NUM_PAGES, config.num_kv_heads, PAGE, config.head_dim, platform="cpu")
     cache = KVCache(jnp.zeros(shape, model.norm.scale.dtype))
     graphdef, state = nnx.split(model)
     found = {}

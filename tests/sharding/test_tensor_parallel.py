@@ -48,7 +48,7 @@ def logits_of(plan: ModelPlan) -> np.ndarray:
         return model.logits(hidden), cache
 
     config, mesh = plan.model_config, plan.mesh
-    cache_shape = KVCache.shape(config.num_layers, PAGES, config.num_kv_heads, PAGE, config.head_dim)
+    cache_shape = KVCache.shape(config.num_layers, PAGES, config.num_kv_heads, PAGE, config.head_dim, platform="cpu")
     cache_spec = P(None, None, None, "model")
     if mesh.size > 1:
         weight_specs = tuple(leaf.sharding.spec for leaf in plan.parameters.values())
