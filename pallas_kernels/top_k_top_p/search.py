@@ -1,6 +1,6 @@
 """Exact search for a float among those that are between two others, in the integer order of their bits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +16,7 @@ def largest(
     low: Int[Array, "*rows"],
     high: Int[Array, "*rows"],
     bits: int,
+    first: Sequence[Array] = (),
 ) -> tuple[Int[Array, "*rows"], Bool[Array, "*rows"]]:
     """Each row's largest integer of `low` to `high` from whose float on the logits weigh what they `need`.
 
@@ -23,13 +24,14 @@ def largest(
     takes ascending thresholds and gives for each how many logits are at or above it, and what they weigh.
 
     Every round tries `2**bits - 1` thresholds. A row is done as soon as there is one logit in its range, or exactly
-    what it needs above it: all floats from there up to the next logit give the same set.
+    what it needs above it: all floats from there up to the next logit give the same set. The thresholds of the first
+    round can be given as `first`, ascending, where the bits of the bounds say little of where the logits are.
     """
 
-    def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def narrow(state: tuple[Array, ...], first: Sequence[Array] = ()) -> tuple[Array, ...]:
         low, high, least, most = state  # and how many logits are from `low` on (many: not known) and above `high`
         is_open = low < high
-        orders = between(low, high, bits)
+        orders = [jnp.clip(order_of(float_), low, high) for float_ in first] or between(low, high, bits)
         for order, (count, total) in zip(orders, measure([value_of(order) for order in orders]), strict=True):
             enough = is_open & (total >= need)
             low, least = jnp.where(enough, jnp.maximum(low, order), low), jnp.where(enough, count, least)
@@ -39,6 +41,7 @@ def largest(
         return low, jnp.where(least - most == 1, low, high), least, most
 
     state = (low, high, jnp.full_like(low, MANY), jnp.zeros_like(low))
+    state = narrow(state, first) if first else state
     low, _, least, _ = lax.while_loop(lambda state: any_of(state[0] < state[1]), narrow, state)
     return low, least < MANY
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.top_k_top_p.search import LOWEST, largest, order_of, share_bound, value_of
 
 BITS = 3  # of the range are fixed by one round, with 2**BITS - 1 thresholds
+FIRST = (48.0, 24.0, 12.0, 6.0, 3.0, 1.5, 0.75)  # under the best logit: the thresholds of the first round
 
 
 def top_k_top_p_floor(
@@ -54,6 +55,9 @@ class _Row:
     def weights(self) -> Float[Array, "S V"]:
         return jnp.exp(self.logits - jnp.maximum(self.best, LOWEST)[:, None])
 
+    def first(self) -> list[Array]:
+        return [self.best - distance for distance in FIRST]
+
     def count(self, thresholds: list[Array]) -> list[tuple[Array, Array]]:
         """How many logits are at or above each threshold, twice: what they weigh if each weighs 1."""
         counts = [jnp.sum(self.logits >= t[:, None], axis=1, dtype=jnp.int32) for t in thresholds]
@@ -63,15 +67,17 @@ class _Row:
         """How many logits are at or above each threshold, and the sums of their weights."""
         weights = jnp.exp(self.logits - jnp.maximum(self.best, LOWEST)[:, None])
         above = [self.logits >= t[:, None] for t in thresholds]
-        counts = jnp.stack([jnp.sum(flags, axis=1, dtype=jnp.int32) for flags in above])
-        sums = jnp.stack([jnp.sum(jnp.where(flags, weights, 0.0), axis=1) for flags in above])
-        return list(zip(*lax.psum((counts, sums), self.axis), strict=True))
+        # One all-reduce for both: float32 counts exactly, up to 2**24.
+        counts = [jnp.sum(flags, axis=1, dtype=jnp.float32) for flags in above]
+        sums = [jnp.sum(jnp.where(flags, weights, 0.0), axis=1) for flags in above]
+        totals = lax.psum(jnp.stack(counts + sums), self.axis)
+        return list(zip(totals[: len(counts)].astype(jnp.int32), totals[len(counts) :], strict=True))
 
 
 def _kth(row: _Row, top_k: Int[Array, "S"], on: Bool[Array, "S"], low: Float[Array, "S"]) -> Float[Array, "S"]:
     """`low`, raised to the k-th largest logit where that is `on` and higher."""
     last = order_of(row.best)
-    kth = value_of(largest(row.count, top_k, jnp.where(on, order_of(low), last), last, BITS)[0])
+    kth = value_of(largest(row.count, top_k, jnp.where(on, order_of(low), last), last, BITS, row.first())[0])
     return jnp.where(on, jnp.maximum(low, kth), low)
 
 
@@ -80,5 +86,5 @@ def _nucleus(row: _Row, top_p: Float[Array, "S"], on: Bool[Array, "S"], floor: F
     kept, last = row.weigh([floor])[0][1], order_of(row.best)
     least = share_bound(row.best, top_p, kept, row.size)
     start = jnp.where(on, jnp.maximum(order_of(floor), order_of(least)), last)
-    nucleus = value_of(largest(row.weigh, top_p * kept, start, last, BITS)[0])
+    nucleus = value_of(largest(row.weigh, top_p * kept, start, last, BITS, row.first())[0])
     return jnp.where(on, jnp.maximum(floor, nucleus), floor)
