@@ -13,6 +13,8 @@ from jaxserve.models.config import SLIDING
 from jaxserve.models.rope_scaling import build_rope
 from jaxserve.models.table import expand
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*.npz"))
 
 

@@ -12,7 +12,7 @@ TINY = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 49152,
@@ -22,14 +22,6 @@ TINY = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
-
-
-@pytest.fixture(scope="session")
-def small_flags(compilation_cache: str, smollm2_path: Path) -> list[str]:
-    """A quick start: the embedded model, few programs, all of them kept."""
-    sizes = ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
-    return [str(smollm2_path), "--served-model-name", "tiny,small-alias", *sizes, "--warmup", "none",
-            "--compilation-cache-dir", compilation_cache]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,10 @@ def serve(*flags: str, command: Sequence[str] | None = None) -> Iterator[Live]:
         process.stderr.close()
 
 
-def warm(live: Live) -> None:
+def warm(live: Live, rank: int = 0) -> None:
     """Have the largest programs compiled first: they serve what is smaller, and compiling is most of the time here."""
     wanted = {"logprobs": 1, "prompt_logprobs": 1, "temperature": 1}
     body = {"prompt": list(range(100, 140)), "n": 4, "max_tokens": 3} | wanted
     with live.http() as http:
-        assert http.post("/v1/completions", json=body, timeout=120).status_code == 200
+        headers = {"X-data-parallel-rank": str(rank)}
+        assert http.post("/v1/completions", json=body, headers=headers, timeout=120).status_code == 200

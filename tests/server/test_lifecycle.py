@@ -17,6 +17,7 @@ from live import KEY, Live, serve, warm
 
 from jaxserve.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
 
 

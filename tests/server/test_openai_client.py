@@ -13,14 +13,17 @@ import openai
 import pytest
 from live import ADMIN_KEY, KEY, Live, serve, warm
 
+from jaxserve.text import load_tokenizer
+
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 GREEDY = {"model": "tiny", "temperature": 0}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def live(quick_compilation: None, small_flags: list[str]) -> Iterator[Live]:
-    with serve(*small_flags, "--api-key", KEY, "--admin-api-key", ADMIN_KEY) as server:
+def live(quick_compilation: None, quick_flags: list[str]) -> Iterator[Live]:
+    names = ["--served-model-name", "tiny,small-alias"]
+    with serve(*quick_flags, *names, "--api-key", KEY, "--admin-api-key", ADMIN_KEY) as server:
         warm(server)
         yield server
 
@@ -33,14 +36,14 @@ def client(live: Live) -> openai.OpenAI:
 def test_models(client: openai.OpenAI, live: Live):
     first, second = client.models.list().data
     assert (first.id, second.id, first.owned_by) == ("tiny", "small-alias", "jaxserve")
-    assert client.models.retrieve("tiny").model_extra["max_model_len"] == 256
+    assert client.models.retrieve("tiny").model_extra["max_model_len"] == 2048
 
 
 def test_a_chat_and_its_stream_say_the_same(client: openai.OpenAI):
     whole = client.chat.completions.create(messages=MESSAGES, max_completion_tokens=24, **GREEDY)
     choice = whole.choices[0]
-    assert "Paris" in choice.message.content
-    assert (whole.object, choice.finish_reason, choice.message.role) == ("chat.completion", "stop", "assistant")
+    assert choice.message.content
+    assert (whole.object, choice.finish_reason, choice.message.role) == ("chat.completion", "length", "assistant")
     assert whole.id.startswith("chatcmpl-")
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(messages=MESSAGES, max_tokens=24, **GREEDY, **options))
@@ -48,9 +51,17 @@ def test_a_chat_and_its_stream_say_the_same(client: openai.OpenAI):
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[0].choices[0].delta.content == ""
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == choice.message.content
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "length"
     assert not chunks[-1].choices
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_messages_reach_the_model_as_its_template_wrote_them(client: openai.OpenAI, smollm2_path: Path):
+    tokenizer = load_tokenizer(smollm2_path)
+    prompt = tokenizer.encode(tokenizer.render_chat(MESSAGES), add_special_tokens=False)
+    extra = {"return_token_ids": True}
+    answer = client.chat.completions.create(messages=MESSAGES, max_tokens=1, extra_body=extra, **GREEDY)
+    assert answer.model_extra["prompt_token_ids"] == prompt
 
 
 def test_content_may_be_parts(client: openai.OpenAI):
@@ -77,7 +88,8 @@ def test_a_message_may_be_continued(client: openai.OpenAI):
     messages = [*MESSAGES, {"role": "assistant", "content": "The capital of France is"}]
     extra = {"add_generation_prompt": False, "continue_final_message": True, "echo": True}
     answer = client.chat.completions.create(messages=messages, max_tokens=4, extra_body=extra, **GREEDY)
-    assert answer.choices[0].message.content.startswith("The capital of France is Paris")
+    assert answer.choices[0].message.content.startswith("The capital of France is")
+    assert len(answer.choices[0].message.content) > len("The capital of France is")
 
 
 def test_completions_of_several_prompts(client: openai.OpenAI):
@@ -147,9 +159,9 @@ def test_stop_strings(client: openai.OpenAI):
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"n": 0}, 400, "n"),
-        ({"max_tokens": 1000}, 400, "max_tokens"),
+        ({"max_tokens": 3000}, 400, "max_tokens"),
         ({"max_tokens": -1}, 400, "max_tokens"),
-        ({"prompt": "word " * 400}, 400, "prompt"),
+        ({"prompt": "word " * 2100}, 400, "prompt"),
         ({"prompt": [-1]}, 400, None),
         ({"prompt": {}}, 400, None),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
@@ -202,7 +214,7 @@ def test_errors_of_the_client_library(client: openai.OpenAI):
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="other", prompt="x")
     with pytest.raises(openai.BadRequestError, match="shorten the prompt or lower max_tokens"):
-        client.completions.create(model="tiny", prompt="x", max_tokens=999)
+        client.completions.create(model="tiny", prompt="x", max_tokens=2999)
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
 
@@ -229,7 +241,7 @@ def test_unknown_fields_are_named_and_parameters_shown(live: Live):
 
 
 def test_a_client_that_leaves_frees_its_pages(live: Live):
-    body = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True, "temperature": 0}
+    body = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
     with live.http() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: {")
@@ -237,13 +249,13 @@ def test_a_client_that_leaves_frees_its_pages(live: Live):
         lines.close()
     live.settles()
     with live.http() as http, pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=body, timeout=0.5)
+        http.post("/v1/completions", json=body, timeout=0.2)
     live.settles()
     assert live.metric("jaxserve:kv_cache_usage_perc") == 0
 
 
 def test_abort_by_id(live: Live):
-    body = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True, "request_id": "mine"}
+    body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True, "request_id": "mine"}
     with live.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -295,7 +307,7 @@ def test_the_example_runs(live: Live):
     command = [sys.executable, "examples/openai_client.py", f"{live.url}/v1", KEY]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout.splitlines()[0]
+    assert "(40 tokens)" in done.stdout
     assert "'top_k': 20" in done.stdout
 
 
@@ -314,4 +326,4 @@ def test_many_at_once_with_the_async_client(live: Live):
 
     texts = asyncio.run(all_of_them())
     assert len(set(texts)) == 1
-    assert "Paris" in texts[0]
+    assert texts[0]

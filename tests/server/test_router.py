@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from live import KEY, Live, serve
+from live import KEY, Live, serve, warm
 
 from jaxserve.cli.flags import UsageError
 from jaxserve.cli.router import parse_url
@@ -650,11 +650,14 @@ def test_command_lines_of_replicas():
         split_devices(["0", "1", "2"], 2)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_two_real_replicas(quick_flags: list[str]):
     """Chats, streams, errors and metrics through OpenAI's client; then SIGTERM while a request runs."""
     flags = ["--replicas", "2", "--api-key", KEY, "--shutdown-timeout", "30"]
     with serve(*quick_flags, *flags) as live:
         client = live.client()
+        for rank in range(2):
+            warm(live, rank)
         model = client.models.list().data[0].id
         whole = client.completions.create(model=model, prompt="Once upon", max_tokens=8, temperature=0)
         for rank in range(2):
@@ -672,9 +675,9 @@ def test_two_real_replicas(quick_flags: list[str]):
             rows = [
                 row for row in http.get("/metrics").text.splitlines() if row.startswith("jaxserve:generation_tokens")
             ]
-            assert [float(row.split()[-1]) for row in rows if "_total{" in row] == [24]
+            assert [float(row.split()[-1]) for row in rows if "_total{" in row] == [24 + 2 * 12]
             stream = client.completions.create(
-                model=model, prompt="Once", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+                model=model, prompt="Once", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
             )
             pieces = [next(iter(stream)).choices[0].text]
             assert http.get("/load").json()["server_load"] == 1
