@@ -10,7 +10,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Begun first, so that the workers of a parallel run end together.
-LONGEST = ("smollm2", "openai_client", "attention_hopper", "engine", "lifecycle")
+LONGEST = ("smollm2", "engine", "attention_hopper", "tensor_parallel", "openai_client", "lifecycle", "router")
 
 
 def pytest_configure(config: pytest.Config) -> None:

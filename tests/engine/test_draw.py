@@ -10,6 +10,8 @@ import pytest
 
 from jaxserve.sampling import BLOCK, BLOCKS, best_token, invert, pick
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def brute(weights: np.ndarray, numbers: np.ndarray) -> tuple[int, float]:
     """The token in float64, and how near (relative to a level's sum) a number was to the border of two choices."""
