@@ -16,8 +16,6 @@ from pallas_kernels.top_k_top_p import top_k_top_p_floor
 from sharding.collectives import MODEL
 from sharding.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time of these tests
 COLUMNS = P(None, MODEL)
 INF = float("inf")
