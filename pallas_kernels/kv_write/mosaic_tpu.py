@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import require_tpu
 
-IN_FLIGHT = 8  # items whose copies run at the same time
+IN_FLIGHT = 8  # power of two: items whose copies run at the same time
 AHEAD = IN_FLIGHT // 2  # items that are fetched before the first of them is finished
 LANES = 128
 
@@ -61,7 +61,8 @@ def tpu_write(
     num_tokens, kinds, key_heads, width = cells.shape
     heads = kinds * key_heads
     starts, ends, count = find_runs(pages, offsets, kv.shape[1], rows)
-    scalars = starts, ends, jnp.where(pages < kv.shape[1], pages, 0), offsets, jnp.stack((count, layer))
+    own = jnp.minimum(starts, num_tokens - 1)  # past the last run there is nothing to find
+    scalars = starts, ends - starts, pages[own], offsets[own], jnp.stack((count, layer))
     tile = (IN_FLIGHT, kinds, key_heads, rows, width)
     call = pl.pallas_call(
         functools.partial(_kernel, rows=rows),
@@ -106,10 +107,10 @@ def find_runs(
 
 
 def _kernel(
-    starts_ref: Ref,  # int32 [T] first row of each run
-    ends_ref: Ref,  # int32 [T] one past the last
-    pages_ref: Ref,  # int32 [T]
-    offsets_ref: Ref,  # int32 [T]
+    starts_ref: Ref,  # int32 [T] first row of each run,
+    sizes_ref: Ref,  # int32 [T] how many rows,
+    pages_ref: Ref,  # int32 [T] their page
+    offsets_ref: Ref,  # int32 [T] and where in it
     counts_ref: Ref,  # int32 [2]: runs, layer
     cells_ref: Ref,  # [T heads H], in HBM
     _: Ref,
@@ -129,22 +130,21 @@ def _kernel(
     def place(number: Index) -> tuple[Index, Index, Index, Any]:
         """Of the core's item: first row, how many, their offset in the tile, and the tile in the cache."""
         run = core + number * cores
-        start = starts_ref[run]
-        offset = offsets_ref[start]
-        tile = pl.ds(pl.multiple_of(offset // rows * rows, rows), rows)
-        return start, ends_ref[run] - start, offset % rows, kv_ref.at[layer, pages_ref[start], :, :, tile]
+        offset = offsets_ref[run] & (rows - 1)  # masks, since remainders mind the sign
+        tile = pl.ds(pl.multiple_of(offsets_ref[run] - offset, rows), rows)
+        return starts_ref[run], sizes_ref[run], offset, kv_ref.at[layer, pages_ref[run], :, :, tile]
 
     def bring(number: Index) -> Any:
-        slot, (start, count, offset, _) = number % IN_FLIGHT, place(number)
+        slot, (start, count, offset, _) = number & (IN_FLIGHT - 1), place(number)
         source, target = cells_ref.at[pl.ds(start, count)], incoming.at[slot, pl.ds(offset, count)]
         return pltpu.make_async_copy(source, target, cell_sems.at[slot])
 
     def fetch(number: Index) -> Any:
-        slot = number % IN_FLIGHT
+        slot = number & (IN_FLIGHT - 1)
         return pltpu.make_async_copy(place(number)[3], tiles.at[slot], tile_sems.at[slot])
 
     def store(number: Index) -> Any:
-        slot = number % IN_FLIGHT
+        slot = number & (IN_FLIGHT - 1)
         return pltpu.make_async_copy(tiles.at[slot], place(number)[3], out_sems.at[slot])
 
     def begin(number: Index) -> None:
@@ -155,7 +155,7 @@ def _kernel(
             fetch(number).start()
 
     def finish(number: Index) -> None:
-        slot, (_, count, offset, _) = number % IN_FLIGHT, place(number)
+        slot, (_, count, offset, _) = number & (IN_FLIGHT - 1), place(number)
         bring(number).wait()
 
         @pl.when(count < rows)
