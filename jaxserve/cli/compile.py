@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder to keep programs in, for --compilation-cache-dir later")
     parser.add_argument("--programs", metavar="|".join(CHOICES), default=["essential"], type=flags.reader(_words),
                         help="which to compile, several with commas: essential (the largest of each kind), greedy "
-                        "(plain decodes) ... (default: essential)")  # fmt: skip
+                        "(plain decodes), a number (decodes of that size) ... (default: essential)")  # fmt: skip
     parser.add_argument("--plan-only", action="store_true", help="only the memory plan; compile nothing")
     parser.add_argument("--jobs", metavar="N", type=flags.reader(int), default=max(1, (os.cpu_count() or 2) // 2),
                         help="programs to compile at the same time (default: half of the cores)")  # fmt: skip
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
-    if unknown := [word for word in words if word not in CHOICES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(CHOICES)}")
+    if unknown := [word for word in words if word not in CHOICES and not word.isdigit()]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a number or one of {', '.join(CHOICES)}")
     return words
 
 

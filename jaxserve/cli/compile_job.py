@@ -12,6 +12,7 @@ from jaxserve import models
 from jaxserve.batch import Bucket, Level
 from jaxserve.checkpoints.base import read_json
 from jaxserve.cli.dry_run import read_config
+from jaxserve.cli.flags import UsageError
 from jaxserve.config import EngineArgs, EngineConfig, merge_overrides, resolve
 from jaxserve.engine.blueprint import Blueprint, draft, settled
 from jaxserve.engine.memory import memory_limit, total_memory
@@ -185,13 +186,22 @@ def fits_with_parts(setup: Setup, parts: int) -> bool:
 
 
 def choose(buckets: Buckets, words: Sequence[str]) -> list[Bucket]:
-    """The step shapes that these words name together."""
-    essential = buckets.essential()
+    """The step shapes that these words name together; a number is that of the sequences of a plain decode.
+
+    Raises:
+        UsageError: decodes of that many sequences have no program of their own.
+    """
+    essential, everything = buckets.essential(), buckets.all()
+    plain = {one.seqs: one for one in everything if one.decode_only and one.level is Level.GREEDY and one.steps == 1}
+    if missing := [word for word in words if word.isdigit() and int(word) not in plain]:
+        raise UsageError(f"there is no program for {missing[0]} decodes; there are {', '.join(map(str, plain))}")
+    chosen = [plain[int(word)] for word in words if word.isdigit()]
     kinds = {
         "all": lambda bucket: True,
         "essential": lambda bucket: bucket in essential,
         "decode": lambda bucket: bucket.decode_only,
         "prefill": lambda bucket: not bucket.decode_only,
-        "greedy": lambda bucket: bucket.decode_only and bucket.level is Level.GREEDY and bucket.steps == 1,
+        "greedy": lambda bucket: bucket in plain.values(),
     }
-    return [bucket for bucket in buckets.all() if any(kinds[word](bucket) for word in words)]
+    wanted = [kinds[word] for word in words if not word.isdigit()]
+    return [bucket for bucket in everything if bucket in chosen or any(one(bucket) for one in wanted)]

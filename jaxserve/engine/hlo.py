@@ -18,6 +18,7 @@ OPCODE = re.compile(r"(?:^|\s)([a-z][a-z0-9-]*)\(([^)]*)\)")
 CALLED = re.compile(r"(?:calls|body|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{([^}]*)\}")
 SCOPE = re.compile(r'op_name="([^"]*)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")  # of pairs such as {}: (3, {}) or {1}: (0, {})
 COST = re.compile(r'"cost_estimate":(\{[^}]*\})')
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 CONTROL = ("while", "call", "conditional")
@@ -120,13 +121,24 @@ class Program:
                 total.add(worst, int(trips[1]) if trips else 1)
             elif line.collective is not None:
                 total.collectives.append((line.collective, line.outputs[-1].size))
-            elif line.opcode == "custom-call" and (cost := COST.search(line.text)):
-                known = json.loads(cost[1])
-                total.kernels.append((line.scope, int(known["flops"]), int(known["bytes_accessed"])))
-                total.hbm_bytes += int(known["bytes_accessed"])
+            elif line.opcode == "custom-call":
+                operations, moved = self._kernel(line, buffers)
+                total.kernels.append((line.scope, operations, moved))
+                total.hbm_bytes += moved
             else:
                 total.hbm_bytes += self._charge(line, buffers)
         return total
+
+    def _kernel(self, line: Instruction, buffers: Mapping[str, tuple[Buffer, ...]]) -> tuple[int, int]:
+        """Operations and bytes of a kernel: its own estimate, or all of its arrays but those changed in place."""
+        if cost := COST.search(line.text):
+            known = json.loads(cost[1])
+            return int(known["flops"]), int(known["bytes_accessed"])
+        pairs = re.findall(r"\{(\d*)\}: \((\d+)", (ALIASED.search(line.text) or [""])[0])
+        outputs, operands = {int(out or 0) for out, _ in pairs}, {int(operand) for _, operand in pairs}
+        moved = sum(buffer.charge for i, buffer in enumerate(line.outputs) if i not in outputs)
+        sources = [buffers.get(name, ()) for i, name in enumerate(line.operands) if i not in operands]
+        return 0, moved + sum(buffer.charge for source in sources for buffer in source)
 
     def _charge(self, line: Instruction, buffers: Mapping[str, tuple[Buffer, ...]]) -> int:
         """Bytes through HBM of one instruction that runs where it stands."""
