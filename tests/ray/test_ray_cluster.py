@@ -56,6 +56,20 @@ def actors() -> set[int]:
     return {pid for pid, name in children().items() if name.startswith("ray::") and "EngineWorker" in name}
 
 
+def lose_one_actor() -> None:
+    """Kill an actor, and hold the others until it is started again, which happens only if there is work left."""
+    killed, *others = before = sorted(actors())
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    end = time.monotonic() + 60
+    while not actors() - set(before):
+        assert time.monotonic() < end, "no actor came back"
+        time.sleep(0.1)
+    for pid in others:
+        os.kill(pid, signal.SIGCONT)
+
+
 @pytest.fixture(scope="module")
 def cluster(quick_compilation: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -92,15 +106,11 @@ def test_a_killed_actor_loses_and_doubles_nothing(cluster: None, config: EngineP
     params = [{**GREEDY, "top_p": 7.0} if number == BAD else GREEDY for number in range(PROMPTS)]
     items = [{"id": id, "prompt": prompts[id], "sampling_params": params[id]} for id in range(PROMPTS)]
     processor = build_processor(config)
-    rows, seen, killed = [], set(), None
+    rows = []
     for row in processor(ray.data.from_items(items)).iter_rows():
         rows.append(row)
-        if killed is None:
-            killed = min(actors())
-            os.kill(killed, signal.SIGKILL)
-        elif len(rows) % 32 == 0:
-            seen |= actors() - {killed}
-    assert len(seen) > 1, "the run was over before the actor came back"
+        if len(rows) == 1:
+            lose_one_actor()
     rows.sort(key=lambda row: row["id"])
     assert [row["id"] for row in rows] == list(range(PROMPTS))
     assert [row["id"] for row in rows if row["__inference_error__"]] == [BAD]
@@ -119,7 +129,7 @@ def test_an_engine_that_cannot_start_says_so_once(cluster: None, engine_kwargs: 
     begin = time.monotonic()
     with pytest.raises(ray.exceptions.RayError, match=r"config\.json"):
         build_processor(wrong)(ray.data.from_items([{"prompt": "Hello"}])).materialize()
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
 def test_serve_answers_the_official_client(cluster: None, tiny_model: str, engine_kwargs: dict[str, Any]):
