@@ -31,6 +31,8 @@ class TpuConfig:
         short_rows: rows of a sequence up to which it is one small tile.
         long_rows: rows of the tiles that longer sequences are cut into.
         block_tokens: cached positions that are copied at once, at most.
+        unrolled_rows: rows of a tile times query heads per key head, up to which the key heads run side by side; more
+            keep the units busy by themselves, and are slow to compile.
         cores: that the tiles are dealt to.
         vmem_bytes, smem_bytes: vector and scalar memory of a core that the kernel may use.
     """
@@ -38,6 +40,7 @@ class TpuConfig:
     short_rows: int
     long_rows: int
     block_tokens: int
+    unrolled_rows: int
     cores: int
     vmem_bytes: int
     smem_bytes: int
@@ -191,7 +194,7 @@ def fit(
     long = short if num_tokens <= short or num_tokens == seqs else min(config.long_rows, num_tokens)
     pages = max(config.block_tokens // page, 1)
     while True:
-        sizes = Sizes(short, long, pages, page, kinds, key_heads, heads // key_heads, width)
+        sizes = Sizes(short, long, pages, page, kinds, key_heads, heads // key_heads, width, config.unrolled_rows)
         needed = sizes.vmem_bytes(kv.dtype.itemsize)
         if needed <= config.vmem_bytes:
             return sizes

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 COLUMNS = ("seq", "first", "count", "position", "low", "high")  # of the table of tiles; position is the first row's
 LANES, SUBLANES = 128, 8
-UNROLLED_ROWS = 64  # of a tile and key head, up to which the heads are unrolled
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # score of a key that a row does not see; its sums stay finite
 
 Ref = Any
@@ -22,7 +21,10 @@ Index = int | Int[Array, ""]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of tiles (`short_rows` or `long_rows` query rows), of blocks (`pages` pages of `page` tokens) and of heads."""
+    """Of tiles (`short_rows` or `long_rows` query rows), of blocks (`pages` pages of `page` tokens) and of heads.
+
+    Tiles with up to `unrolled_rows` rows of queries for each key head have a copy of the code for each key head.
+    """
 
     short_rows: int
     long_rows: int
@@ -32,6 +34,7 @@ class Sizes:
     key_heads: int
     group: int
     width: int
+    unrolled_rows: int
 
     @property
     def block_tokens(self) -> int:
@@ -68,6 +71,113 @@ class Sizes:
         return blocks + queries * width * itemsize + sums + scores
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The table of tiles, in scalar memory."""
+
+    ref: Ref  # int32 [tiles x COLUMNS]
+    sizes: Sizes
+
+    def column(self, tile: Index, name: str) -> Int[Array, ""]:
+        return self.ref[tile * len(COLUMNS) + COLUMNS.index(name)]
+
+    def pages_seen(self, tile: Index, block: Index) -> Int[Array, ""]:
+        """How many of a block's pages hold what the rows of the tile may see."""
+        newest, sizes = self.column(tile, "position") + self.column(tile, "count"), self.sizes
+        return jnp.clip((newest + sizes.page - 1) // sizes.page - block * sizes.pages, 0, sizes.pages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Blocks of the cache in two slots, and their copies."""
+
+    tiles: _Tiles
+    table: Ref  # int32 [S x P] pages
+    pages_per_seq: int
+    layer: Index
+    kv: Ref  # [L pages kinds K p H], in HBM
+    slots: Ref
+    sems: Ref
+
+    def _each_page(self, tile: Index, block: Index, slot: Index, then: Callable[[Any], None]) -> None:
+        sizes, first = self.tiles.sizes, self.tiles.column(tile, "seq") * self.pages_per_seq
+
+        def one(index: Int[Array, ""], _: None) -> None:
+            page = self.table[first + block * sizes.pages + index]
+            then(pltpu.make_async_copy(self.kv.at[self.layer, page], self.slots.at[slot, index], self.sems.at[slot]))
+
+        lax.fori_loop(0, self.tiles.pages_seen(tile, block), one, None)
+
+    def start(self, tile: Index, block: Index, slot: Index) -> None:
+        self._each_page(tile, block, slot, lambda copy: copy.start())
+
+    def wait(self, tile: Index, block: Index, slot: Index) -> None:
+        self._each_page(tile, block, slot, lambda copy: copy.wait())
+
+    def clear_rest(self, tile: Index, block: Index, slot: Index) -> None:
+        """What no copy has ever filled is multiplied by weights of 0, and must be finite."""
+        sizes = self.tiles.sizes
+
+        def one(index: Int[Array, ""], _: None) -> None:
+            values = self.slots.at[slot, index, sizes.kinds - 1]
+            values[...] = jnp.zeros(values.shape, values.dtype)
+
+        lax.fori_loop(self.tiles.pages_seen(tile, block), sizes.pages, one, None)
+
+    def read(self, slot: Index, head: Index) -> tuple[Float[Array, "c H"], Float[Array, "c H"]]:
+        """Keys and values of a head."""
+        sizes = self.tiles.sizes
+        shape = sizes.block_tokens, sizes.width
+        return self.slots[slot, :, 0, head].reshape(shape), self.slots[slot, :, sizes.kinds - 1, head].reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+    """The running softmax of the key heads of a tile (Milakov and Gimelshein 2018)."""
+
+    sizes: Sizes
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    queries: Ref  # [K rows H], queries by key head
+    top: Ref
+    total: Ref
+    mixed: Ref
+
+    def begin(self, head: Index, queries: Float[Array, "R G H"]) -> None:
+        rows, group, width = queries.shape
+        own = pl.ds(0, rows * group)
+        flat = queries.astype(jnp.float32).reshape(rows * group, width)
+        self.queries[head, own] = flat.astype(queries.dtype)
+        self.top[head, own] = jnp.full((rows * group, LANES), HIDDEN, jnp.float32)
+        self.total[head, own] = jnp.zeros((rows * group, LANES), jnp.float32)
+        self.mixed[head, own] = jnp.zeros((rows * group, width), jnp.float32)
+
+    def add(self, head: Index, rows: int, ahead: Index, keys: Float[Array, "c H"], values: Float[Array, "c H"]) -> None:
+        """Take a block in; the tile's first row stands `ahead` of its first key."""
+        count = rows * self.sizes.group
+        own = pl.ds(0, count)
+        scores = _dot(self.queries[head, own], keys, 1) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        row = lax.broadcasted_iota(jnp.int32, (count, 1), 0) // self.sizes.group
+        distance = row + ahead - lax.broadcasted_iota(jnp.int32, (1, keys.shape[0]), 1)
+        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        scores = jnp.where(seen, scores, HIDDEN)
+        old = self.top[head, own]
+        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+        weights, decay = jnp.exp(scores - new[:, :1]), jnp.exp(old - new)
+        self.top[head, own] = new
+        self.total[head, own] = self.total[head, own] * decay + jnp.sum(weights, axis=1, keepdims=True)
+        self.mixed[head, own] = self.mixed[head, own] * decay[:, :1] + _dot(weights.astype(values.dtype), values, 0)
+
+    def result(self, head: Index, rows: int) -> Float[Array, "R G H"]:
+        own = pl.ds(0, rows * self.sizes.group)
+        saw = self.top[head, own][:, :1] > HIDDEN
+        found = jnp.where(saw, self.mixed[head, own] / self.total[head, own][:, :1], 0)
+        return found.reshape(rows, self.sizes.group, found.shape[1])
+
+
 def kernel(
     tiles_ref: Ref,  # int32 [tiles x COLUMNS]
     table_ref: Ref,  # int32 [S x P] pages
@@ -75,7 +185,7 @@ def kernel(
     q_ref: Ref,  # [T K G H], in HBM
     kv_ref: Ref,  # [L pages kinds K p H], in HBM
     out_ref: Ref,  # [T K G H], in HBM
-    blocks: Ref,
+    slots: Ref,
     queries: Ref,
     results: Ref,
     flat: Ref,
@@ -92,160 +202,88 @@ def kernel(
     window: int | None,
     soft_cap: float | None,
 ) -> None:
+    """Serve every `cores`-th tile; the copies of the next block, or of the next tile's first, run beside a block."""
     core, cores = pl.program_id(0), pl.num_programs(0)
-    num_tiles, num_rows, layer = counts_ref[0], counts_ref[1], counts_ref[2]
-
-    def column(tile: Index, name: str) -> Int[Array, ""]:
-        return tiles_ref[tile * len(COLUMNS) + COLUMNS.index(name)]
-
-    def page_copy(tile: Index, block: Index, index: Index, slot: Index) -> Any:
-        page = table_ref[column(tile, "seq") * pages_per_seq + block * sizes.pages + index]
-        return pltpu.make_async_copy(kv_ref.at[layer, page], blocks.at[slot, index], block_sems.at[slot])
-
-    def each_page(tile: Index, block: Index, slot: Index, *, wait: bool) -> None:
-        """Start or await the copies of a block's pages, as far as the tile sees them."""
-
-        def one(index: Int[Array, ""], _: None) -> None:
-            copy = page_copy(tile, block, index, slot)
-            copy.wait() if wait else copy.start()
-
-        lax.fori_loop(0, pages_seen(tile, block), one, None)
-
-    def pages_seen(tile: Index, block: Index) -> Int[Array, ""]:
-        newest = column(tile, "position") + column(tile, "count")
-        return jnp.clip((newest + sizes.page - 1) // sizes.page - block * sizes.pages, 0, sizes.pages)
-
-    def clear_unseen(tile: Index, block: Index, slot: Index) -> None:
-        """What no copy has ever filled is multiplied by weights of 0, and must be finite."""
-
-        def one(index: Int[Array, ""], _: None) -> None:
-            values = blocks.at[slot, index, sizes.kinds - 1]
-            values[...] = jnp.zeros(values.shape, values.dtype)
-
-        lax.fori_loop(pages_seen(tile, block), sizes.pages, one, None)
+    num_tiles = counts_ref[0]
+    tiles = _Tiles(tiles_ref, sizes)
+    blocks = _Blocks(tiles, table_ref, pages_per_seq, counts_ref[2], kv_ref, slots, block_sems)
+    softmax = _Softmax(sizes, scale, window, soft_cap, flat, top, total, mixed)
 
     def query_copy(tile: Index, slot: Index) -> Any:
-        rows = pl.ds(column(tile, "first"), column(tile, "count"))
-        return pltpu.make_async_copy(
-            q_ref.at[rows], queries.at[slot, pl.ds(0, column(tile, "count"))], query_sems.at[slot]
-        )
+        first, count = tiles.column(tile, "first"), tiles.column(tile, "count")
+        source, target = q_ref.at[pl.ds(first, count)], queries.at[slot, pl.ds(0, count)]
+        return pltpu.make_async_copy(source, target, query_sems.at[slot])
 
     def out_copy(first: Index, count: Index) -> Any:
         return pltpu.make_async_copy(results.at[pl.ds(0, count)], out_ref.at[pl.ds(first, count)], out_sem.at[0])
 
-    def each_head(rows: int, visit_head: Callable[[Index], None]) -> None:
-        """Small tiles leave the units idle unless heads overlap; a large one fills them, and is slow to compile."""
-        if rows * sizes.group <= UNROLLED_ROWS:
+    def each_head(rows: int, then: Callable[[Index], None]) -> None:
+        if rows * sizes.group <= sizes.unrolled_rows:
             for head in range(sizes.key_heads):
-                visit_head(head)
+                then(head)
         else:
-            lax.fori_loop(0, sizes.key_heads, lambda head, _: visit_head(head), None)
-
-    def attend(tile: Index, block: Index, slot: Index, head: Index, rows: int) -> None:
-        """Take a block into the running softmax of one key head (Milakov and Gimelshein 2018)."""
-        own = pl.ds(0, rows * sizes.group)
-        keys, values = (
-            blocks[slot, :, kind, head].reshape(sizes.block_tokens, sizes.width) for kind in (0, sizes.kinds - 1)
-        )
-        scores = _dot(flat[head, own], keys, 1) * scale
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        row = lax.broadcasted_iota(jnp.int32, (rows * sizes.group, 1), 0) // sizes.group
-        key = lax.broadcasted_iota(jnp.int32, (1, sizes.block_tokens), 1)
-        distance = row + (column(tile, "position") - block * sizes.block_tokens) - key
-        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        scores = jnp.where(seen, scores, HIDDEN)
-        old = top[head, own]
-        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        weights, decay = jnp.exp(scores - new[:, :1]), jnp.exp(old - new)
-        top[head, own] = new
-        total[head, own] = total[head, own] * decay + jnp.sum(weights, axis=1, keepdims=True)
-        mixed[head, own] = mixed[head, own] * decay[:, :1] + _dot(weights.astype(values.dtype), values, 0)
+            lax.fori_loop(0, sizes.key_heads, lambda head, _: then(head), None)
 
     def visit(tile: Int[Array, ""], turn: Int[Array, ""], step: Int[Array, ""], rows: int) -> Int[Array, ""]:
         """One tile with room for `rows` rows; returns the number of blocks taken so far."""
-        low, high, following = column(tile, "low"), column(tile, "high"), tile + cores
+        low, high, following = tiles.column(tile, "low"), tiles.column(tile, "high"), tile + cores
         query_copy(tile, turn % 2).wait()
-        own = pl.ds(0, rows * sizes.group)
-
-        def begin(head: Index) -> None:
-            flat[head, own] = _merged(queries[turn % 2, pl.ds(0, rows), head])
-            top[head, own] = jnp.full((rows * sizes.group, LANES), HIDDEN, jnp.float32)
-            total[head, own] = jnp.zeros((rows * sizes.group, LANES), jnp.float32)
-            mixed[head, own] = jnp.zeros((rows * sizes.group, sizes.width), jnp.float32)
-
-        each_head(rows, begin)
+        each_head(rows, lambda head: softmax.begin(head, queries[turn % 2, pl.ds(0, rows), head]))
 
         @pl.when(following < num_tiles)
         def _next_queries() -> None:
             query_copy(following, (turn + 1) % 2).start()
 
         def take(block: Int[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
-            last = block + 1 == high
-
-            @pl.when(~last)
-            def _next_block() -> None:
-                each_page(tile, block + 1, (step + 1) % 2, wait=False)
-
-            @pl.when(last & (following < num_tiles))
-            def _next_tile() -> None:
-                each_page(following, column(following, "low"), (step + 1) % 2, wait=False)
-
-            @pl.when(step < 2)
-            def _new_slot() -> None:
-                clear_unseen(tile, block, step % 2)
-
-            each_page(tile, block, step % 2, wait=True)
-            each_head(rows, lambda head: attend(tile, block, step % 2, head, rows))
+            last, slot = block + 1 == high, step % 2
+            pl.when(~last)(lambda: blocks.start(tile, block + 1, 1 - slot))
+            next_tile = last & (following < num_tiles)
+            pl.when(next_tile)(lambda: blocks.start(following, tiles.column(following, "low"), 1 - slot))
+            pl.when(step < 2)(lambda: blocks.clear_rest(tile, block, slot))
+            blocks.wait(tile, block, slot)
+            ahead = tiles.column(tile, "position") - block * sizes.block_tokens
+            each_head(rows, lambda head: softmax.add(head, rows, ahead, *blocks.read(slot, head)))
             return step + 1
 
+        def store(head: Index) -> None:
+            results[pl.ds(0, rows), head] = softmax.result(head, rows).astype(results.dtype)
+
         step = lax.fori_loop(low, high, take, step)
-
-        @pl.when(turn > 0)
-        def _results_are_free() -> None:
-            out_copy(0, column(tile - cores, "count")).wait()
-
-        def end(head: Index) -> None:
-            found = jnp.where(top[head, own][:, :1] > HIDDEN, mixed[head, own] / total[head, own][:, :1], 0)
-            results[pl.ds(0, rows), head] = _split(found, rows).astype(results.dtype)
-
-        each_head(rows, end)
-        out_copy(column(tile, "first"), column(tile, "count")).start()
+        pl.when(turn > 0)(lambda: out_copy(0, tiles.column(tile - cores, "count")).wait())
+        each_head(rows, store)
+        out_copy(tiles.column(tile, "first"), tiles.column(tile, "count")).start()
         return step
 
     @pl.when(core < num_tiles)
     def _first() -> None:
         query_copy(core, 0).start()
-        each_page(core, column(core, "low"), 0, wait=False)
+        blocks.start(core, tiles.column(core, "low"), 0)
 
     def turn(number: Int[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
         tile = core + number * cores
         if sizes.short_rows == sizes.long_rows:
             return visit(tile, number, step, sizes.long_rows)
-        short, long = (
-            lambda rows=rows: visit(tile, number, step, rows) for rows in (sizes.short_rows, sizes.long_rows)
-        )
-        return lax.cond(column(tile, "count") <= sizes.short_rows, short, long)
+        kinds = (lambda rows=rows: visit(tile, number, step, rows) for rows in (sizes.short_rows, sizes.long_rows))
+        return lax.cond(tiles.column(tile, "count") <= sizes.short_rows, *kinds)
 
     turns = (num_tiles - core + cores - 1) // cores
     lax.fori_loop(0, turns, turn, 0)
+    pl.when(turns > 0)(lambda: out_copy(0, tiles.column(core + (turns - 1) * cores, "count")).wait())
+    pl.when(core == 0)(lambda: _clear(results, out_ref, counts_ref[1], out_copy))
 
-    @pl.when(turns > 0)
-    def _last_results() -> None:
-        out_copy(0, column(core + (turns - 1) * cores, "count")).wait()
 
-    @pl.when(core == 0)
-    def _padding_rows() -> None:
-        results[...] = jnp.zeros(results.shape, results.dtype)
-        missing = out_ref.shape[0] - num_rows
+def _clear(zeros: Ref, out_ref: Ref, first: Index, copy: Callable[[Index, Index], Any]) -> None:
+    """Make the rows from `first` on 0."""
+    zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+    size, end = zeros.shape[0], out_ref.shape[0]
 
-        def clear(number: Int[Array, ""], _: None) -> None:
-            first = num_rows + number * sizes.long_rows
-            copy = out_copy(first, jnp.minimum(sizes.long_rows, out_ref.shape[0] - first))
-            copy.start()
-            copy.wait()
+    def part(number: Int[Array, ""], _: None) -> None:
+        start = first + number * size
+        rows = copy(start, jnp.minimum(size, end - start))
+        rows.start()
+        rows.wait()
 
-        lax.fori_loop(0, (missing + sizes.long_rows - 1) // sizes.long_rows, clear, None)
+    lax.fori_loop(0, (end - first + size - 1) // size, part, None)
 
 
 def _dot(left: Float[Array, "a b"], right: Float[Array, "c d"], axis: int) -> Float[Array, "a e"]:
@@ -254,12 +292,3 @@ def _dot(left: Float[Array, "a b"], right: Float[Array, "c d"], axis: int) -> Fl
     return lax.dot_general(
         left, right, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def _merged(queries: Float[Array, "R G H"]) -> Float[Array, "R*G H"]:
-    rows, group, width = queries.shape
-    return queries.astype(jnp.float32).reshape(rows * group, width).astype(queries.dtype)
-
-
-def _split(found: Float[Array, "rows H"], rows: int) -> Float[Array, "R G H"]:
-    return found.reshape(rows, found.shape[0] // rows, found.shape[1])

@@ -12,7 +12,9 @@ from pallas_kernels.attention.mosaic_tpu import TpuConfig, tpu_attention
 from pallas_kernels.kv_layout import as_queries, from_values, page_layout
 from pallas_kernels.kv_write import write_kv
 
-CONFIG = TpuConfig(short_rows=2, long_rows=8, block_tokens=16, cores=1, vmem_bytes=64 << 20, smem_bytes=1 << 19)
+CONFIG = TpuConfig(
+    short_rows=2, long_rows=8, block_tokens=16, unrolled_rows=0, cores=1, vmem_bytes=64 << 20, smem_bytes=1 << 19
+)
 
 
 @pytest.mark.parametrize(
