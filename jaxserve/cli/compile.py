@@ -22,7 +22,7 @@ MODEL is a folder, a config.json or a hub id, of which only config.json is fetch
 slice need not be there: its compiler (pip install 'jaxserve[tpu]') runs on any x86-64 Linux machine. Estimated rates
 are upper bounds worked out from published figures, not measurements. Exit code 1: it does not fit, or fails."""
 
-CHOICES = ("essential", "all", "decode", "prefill", "greedy")
+CHOICES = ("essential", "all", "largest", "decode", "prefill", "greedy")
 # What has no meaning without requests, weights or a tokenizer.
 SKIPPED = ("model", "tokenizer", "tokenizer_mode", "skip_tokenizer_init", "chat_template", "tokenizer_revision",
            "load_format", "use_tqdm_on_load", "seed", "served_model_name", "generation_config", "warmup",

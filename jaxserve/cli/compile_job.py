@@ -167,11 +167,21 @@ def advise(setup: Setup) -> Iterator[str]:
         tokens //= 2
     if tokens >= 256:
         yield f"--max-num-batched-tokens {tokens} --max-num-seqs {min(seqs, tokens // 4)} {here}"
-    fitting = [parts for parts in possible_parts(base_config(setup), MOST_PARTS) if fits_with_parts(setup, parts)]
-    if fitting:
-        yield f"--tensor-parallel-size {' or '.join(map(str, fitting))} would fit on devices of this kind"
+    own = config.parallel.tensor_parallel_size
+    more = (parts for parts in possible_parts(base_config(setup), MOST_PARTS) if parts > own)
+    enough = next((parts for parts in more if fits_with_parts(setup, parts)), None)
+    if enough is not None:
+        yield f"--tensor-parallel-size {enough} would fit{_smallest_slice(setup.target, enough)}"
     else:
-        yield f"no tensor parallel size up to {MOST_PARTS} would fit on devices of this kind with these options"
+        yield f"no tensor_parallel_size up to {MOST_PARTS} would fit on devices of this kind with these options"
+
+
+def _smallest_slice(target: Slice | None, parts: int) -> str:
+    """What to rent for so many devices."""
+    if target is None:
+        return " on devices of this kind"
+    slices = map(Slice.parse, target.generation.slices)
+    return next((f", such as on {one.name}" for one in slices if one.chips % parts == 0), "")
 
 
 def base_config(setup: Setup) -> ModelConfig:
@@ -199,6 +209,7 @@ def choose(buckets: Buckets, words: Sequence[str]) -> list[Bucket]:
     kinds = {
         "all": lambda bucket: True,
         "essential": lambda bucket: bucket in essential,
+        "largest": lambda bucket: bucket == buckets.largest,
         "decode": lambda bucket: bucket.decode_only,
         "prefill": lambda bucket: not bucket.decode_only,
         "greedy": lambda bucket: bucket in plain.values(),

@@ -30,6 +30,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
     }
 )
 
+TPU_ROWS = 8  # that a TPU works on at a time
 SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
 
 
@@ -97,6 +98,7 @@ def buckets_of(config: EngineConfig) -> Buckets:
         config.max_num_batched_tokens,
         config.decode_steps,
         accelerator=config.platform != "cpu",
+        smallest=TPU_ROWS if config.platform == "tpu" else 1,
     )
 
 

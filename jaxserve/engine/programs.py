@@ -53,15 +53,24 @@ class Buckets:
 
     Accelerators decode a few padding rows for nothing, since the weights bound the step: small decodes share buckets,
     and so do those with rare sampling parameters. A branch at run time costs them much, so there plain random sampling
-    (level DRAW) has decodes of its own; elsewhere level SAMPLE serves it.
+    (level DRAW) has decodes of its own; elsewhere level SAMPLE serves it. A TPU works on eight rows or more at a time:
+    `smallest` decodes spare it the programs below.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, decode_steps: int, *, accelerator: bool):
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        decode_steps: int,
+        *,
+        accelerator: bool,
+        smallest: int = 1,
+    ):
         self._steps = decode_steps
         self._max_seqs = max_num_seqs
-        powers = _powers(1, max_num_seqs)
+        powers = _powers(min(smallest, max_num_seqs), max_num_seqs)
         self._accelerator = accelerator
-        small = powers[1:4:2] if accelerator else []  # 2 and 8 run as 4 and 16
+        small = (2, 8) if accelerator and smallest == 1 else ()  # they run as 4 and 16
         self._decode = [size for size in powers if size not in small or size == max_num_seqs]
         most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
         self._tokens = _powers(min(MIN_MIXED_TOKENS, most), most)

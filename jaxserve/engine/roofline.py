@@ -20,8 +20,8 @@ BATCHES = 1, 16, 64, 256
 class Load:
     """Floating point operations, and bytes through the memory."""
 
-    operations: float
-    traffic: float
+    operations: int | float
+    traffic: int | float
 
     def __add__(self, other: "Load") -> "Load":
         return Load(self.operations + other.operations, self.traffic + other.traffic)
