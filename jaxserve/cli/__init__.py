@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxserve.checks import ParameterError, suggest
 from jaxserve.cli.flags import Parser, UsageError, dashes
@@ -31,6 +32,13 @@ COMMANDS = {
     "convert": ("convert", "write a model as an engine-ready checkpoint that loads faster"),
     "compile": ("compile", "compile ahead of time, also for a TPU slice that is not there, and say whether it fits"),
     "launch": ("launch", "run a command or script on many devices, processes and hosts"),
+}
+# Where libtpu is installed on a machine without a TPU, jax loads it to find that out: it would complain about each of
+# these, and a second process about the first.
+WITHOUT_TPU = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 OVERVIEW = """usage: jaxserve COMMAND [OPTIONS]
 
@@ -113,6 +121,14 @@ def set_up_output(verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("jaxserve").setLevel(logging.INFO if verbose else logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not has_tpu():
+        for name, value in WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
+
+
+def has_tpu(devices: Path = Path("/dev")) -> bool:
+    """Whether this machine shows TPU chips, as their drivers do."""
+    return any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
 
 
 def report(error: BaseException, debug: bool) -> int:

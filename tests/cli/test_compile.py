@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxserve.cli import compile as command
-from jaxserve.cli import main
+from jaxserve.cli import has_tpu, main
 from jaxserve.cli.compile_job import choose, prepare
 from jaxserve.config import EngineArgs
 from jaxserve.engine.blueprint import buckets_of
@@ -130,3 +130,12 @@ def test_words_choose_programs(tiny: str):
         choose(buckets, ["3"])
     assert choose(buckets, ["largest"]) == [buckets.largest]
     assert all(choose(buckets, [word]) for word in command.CHOICES)
+
+
+def test_a_machine_without_a_tpu_is_told_by_its_devices(tmp_path: Path):
+    assert not has_tpu(tmp_path)
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "vfio").touch()  # there without any chip
+    assert not has_tpu(tmp_path)
+    (tmp_path / "vfio" / "0").touch()
+    assert has_tpu(tmp_path)
