@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -130,6 +131,15 @@ def test_words_choose_programs(tiny: str):
         choose(buckets, ["3"])
     assert choose(buckets, ["largest"]) == [buckets.largest]
     assert all(choose(buckets, [word]) for word in command.CHOICES)
+
+
+def test_the_example_for_tpu_machines(tiny_model: Path, compilation_cache: str, monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]):  # fmt: skip
+    monkeypatch.setenv("HOME", compilation_cache)
+    monkeypatch.setenv("JAXSERVE_TENSOR_PARALLEL_SIZE", "1")
+    monkeypatch.setattr("sys.argv", ["tpu_vm.py", str(tiny_model)])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "tpu_vm.py"), run_name="__main__")
+    assert capsys.readouterr().out.count(" -> ") == 4
 
 
 def test_a_machine_without_a_tpu_is_told_by_its_devices(tmp_path: Path):
