@@ -114,7 +114,7 @@ def draft(model: ModelPlan, config: EngineConfig, limit: int | None, working: in
     parts = model.mesh.shape["model"]
     dtype = cache_dtype(model)
     if working is None:
-        working = estimate_working(model.model_config, buckets_of(config).largest, dtype, parts)
+        working = estimate_working(model.model_config, buckets_of(config).largest, dtype, config.platform, parts)
     return plan_memory(
         config, model.model_config, limit, weights=model.device_bytes, working=working, dtype=dtype, parts=parts
     )

@@ -18,6 +18,7 @@ from sharding.topology import generation_of
 GIB = 1 << 30
 HOLE_BYTES = 64 << 20  # kept free among the arrays that live long, for the small ones that come and go
 SAMPLER_COPIES = 7  # of the float32 logits, at most at one time
+TPU_LAYER_BYTES = 2 << 20  # whatever the batch: 0.8 to 1.4 MiB with models of 8 and 70 billion parameters
 CPU_CACHE_BYTES = 2 * GIB  # default pool on CPU, where the engine shares the memory with everything else
 
 
@@ -65,18 +66,19 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype, platform: st
     return int(np.prod(shape)) * np.dtype(dtype).itemsize + page_size * np.dtype(np.int32).itemsize
 
 
-def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, parts: int = 1) -> int:
+def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platform: str = "gpu", parts: int = 1) -> int:
     """First guess of a step's working memory, before its program has been compiled: what must exist at one time.
 
     Either a layer's activations or, later, the sampler's copies of the logits, and the hidden states beside both. The
     number of copies is what XLA needed on a GPU for 1,024 sequences and 151,936 tokens, with two sizes of layers.
-    `parts` devices share vocabulary, heads and MLP width.
+    `parts` devices share vocabulary, heads and MLP width. The TPU compiler also takes a little for every layer.
     """
     sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size // parts * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = 2 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads) // parts
     size = max(np.dtype(dtype).itemsize, 4)
-    return max(sampler, bucket.tokens * widest * size) + 2 * bucket.tokens * model.hidden_size * size
+    layers = model.num_layers * TPU_LAYER_BYTES if platform == "tpu" else 0
+    return max(sampler, bucket.tokens * widest * size) + 2 * bucket.tokens * model.hidden_size * size + layers
 
 
 def plan_memory(
