@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import jax
 
 logger = logging.getLogger(__name__)
+
+KINDS = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 _record: ContextVar[list[str] | None] = ContextVar("record", default=None)
 
@@ -34,6 +38,27 @@ def announce(notes: list[str]) -> None:
     """Log what was recorded."""
     for note in notes:
         logger.info("%s", note)
+
+
+def target_device() -> Any:
+    """The device of the abstract mesh in use, which need not exist here; without one, jax's default device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def only_on(platform: str, module: str, name: str) -> Callable[..., Any]:
+    """The implementation of that name in a module, for "gpu" or "tpu".
+
+    The module is imported when a program for the platform is traced for the first time, and not elsewhere: Pallas and
+    the kernels take half a second.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = target_device().platform
+        if found != platform:
+            raise NotImplementedError(f"needs {KINDS[platform]}, the platform is {found!r}")
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)

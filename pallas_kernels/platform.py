@@ -1,21 +1,17 @@
 """What the kernels need to know about the device that a program is traced for."""
 
 from types import MappingProxyType
-from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import target_device
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the names of devices of compute capability 9
 TPUS = MappingProxyType({  # what jax calls the devices of a generation
     "TPU v4": pltpu.ChipVersion.TPU_V4, "TPU v5 lite": pltpu.ChipVersion.TPU_V5E, "TPU v5": pltpu.ChipVersion.TPU_V5P,
     "TPU v5p": pltpu.ChipVersion.TPU_V5P, "TPU v6 lite": pltpu.ChipVersion.TPU_V6E, "TPU7x": pltpu.ChipVersion.TPU_7X,
 })  # fmt: skip
-
-
-def target_device() -> Any:
-    """The device of the abstract mesh in use, which need not exist here; without one, jax's default device."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def require_hopper() -> int:

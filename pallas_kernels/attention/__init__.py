@@ -7,8 +7,8 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import batched, mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.dispatch import Op
+from pallas_kernels.attention import batched, reference
+from pallas_kernels.dispatch import Op, only_on
 from pallas_kernels.kv_layout import as_queries, from_values
 
 
@@ -18,8 +18,14 @@ def _xla(*arrays: Any, **options: Any) -> Array:
     return lax.platform_dependent(*arrays, cpu=cpu, default=other)
 
 
-TABLE = {"mosaic_gpu": mosaic_gpu.paged_attention, "mosaic_tpu": mosaic_tpu.paged_attention, "xla": _xla}
-OP = Op("paged_attention", TABLE)
+OP = Op(
+    "paged_attention",
+    {
+        "mosaic_gpu": only_on("gpu", "pallas_kernels.attention.mosaic_gpu", "paged_attention"),
+        "mosaic_tpu": only_on("tpu", "pallas_kernels.attention.mosaic_tpu", "paged_attention"),
+        "xla": _xla,
+    },
+)
 
 
 def paged_attention(

@@ -3,11 +3,14 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Op, only_on
 from pallas_kernels.kv_layout import as_cells
-from pallas_kernels.kv_write import mosaic_tpu, reference
+from pallas_kernels.kv_write import reference
 
-OP = Op("write_kv", {"mosaic_tpu": mosaic_tpu.write_kv, "xla": reference.write_kv})
+OP = Op(
+    "write_kv",
+    {"mosaic_tpu": only_on("tpu", "pallas_kernels.kv_write.mosaic_tpu", "write_kv"), "xla": reference.write_kv},
+)
 
 
 def write_kv(

@@ -3,10 +3,16 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
-from pallas_kernels.rope_kv_write import mosaic_gpu, reference
+from pallas_kernels.dispatch import Op, only_on
+from pallas_kernels.rope_kv_write import reference
 
-OP = Op("rope_kv_write", {"mosaic_gpu": mosaic_gpu.rope_kv_write, "xla": reference.rope_kv_write})
+OP = Op(
+    "rope_kv_write",
+    {
+        "mosaic_gpu": only_on("gpu", "pallas_kernels.rope_kv_write.mosaic_gpu", "rope_kv_write"),
+        "xla": reference.rope_kv_write,
+    },
+)
 
 
 def rope_kv_write(

@@ -3,14 +3,14 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
-from pallas_kernels.top_k_top_p import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.dispatch import Op, only_on
+from pallas_kernels.top_k_top_p import reference
 
 OP = Op(
     "top_k_top_p_floor",
     {
-        "mosaic_gpu": mosaic_gpu.top_k_top_p_floor,
-        "mosaic_tpu": mosaic_tpu.top_k_top_p_floor,
+        "mosaic_gpu": only_on("gpu", "pallas_kernels.top_k_top_p.mosaic_gpu", "top_k_top_p_floor"),
+        "mosaic_tpu": only_on("tpu", "pallas_kernels.top_k_top_p.mosaic_tpu", "top_k_top_p_floor"),
         "xla": reference.top_k_top_p_floor,
     },
 )
