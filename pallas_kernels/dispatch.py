@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 KINDS = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 _record: ContextVar[list[str] | None] = ContextVar("record", default=None)
+_preferred: ContextVar[Mapping[str, str] | None] = ContextVar("preferred", default=None)
 
 
 @contextmanager
@@ -32,6 +33,16 @@ def recorded() -> Iterator[list[str]]:
         yield notes
     finally:
         _record.reset(token)
+
+
+@contextmanager
+def preferring(choices: Mapping[str, str]) -> Iterator[None]:
+    """Calls inside, on this thread, that name no implementation use that of their op in `choices`, or fail."""
+    token = _preferred.set(choices)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def announce(notes: list[str]) -> None:
@@ -105,6 +116,8 @@ class Op[**Arguments, Result]:
     def _serve(
         self, implementation: str | None, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> tuple[str, Result]:
+        if implementation is None:
+            implementation = (_preferred.get() or {}).get(self.name)
         if implementation is not None and implementation not in self.table:
             raise ValueError(f"{self.name} has no {implementation=}; choose one of {sorted(self.table)} or None")
         reasons = []

@@ -92,7 +92,7 @@ def prepare(options: EngineArgs, target: Slice | None, *, plan_only: bool) -> Se
         mesh = make_mesh(*sizes, devices)
     model = lay_out(config, hf_config, mesh)
     config = settled(config, options, model)
-    limit = memory_limit([device], config.gpu_memory_utilization)
+    limit = memory_limit([device], options.gpu_memory_utilization)
     return Setup(options, hf_config, target, device, config, model, limit)
 
 

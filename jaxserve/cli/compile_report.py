@@ -131,7 +131,7 @@ def describe_target(setup: Setup) -> Iterator[str]:
     )
     yield (
         f"engine: max_num_seqs {config.max_num_seqs}, max_num_batched_tokens {config.max_num_batched_tokens}, pages of "
-        f"{config.block_size} tokens, gpu_memory_utilization {config.gpu_memory_utilization}"
+        f"{config.block_size} tokens, gpu_memory_utilization {setup.options.gpu_memory_utilization}"
     )
 
 

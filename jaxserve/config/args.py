@@ -208,6 +208,15 @@ class EngineArgs:
         default=None,
         metadata=about('folder of compiled programs; ~/.cache/jaxserve by default, "" keeps none', "engine", "path"),
     )
+    kernels: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            'JSON object with the implementation of an op, such as {"paged_attention": "xla"}; the best that can serve '
+            "by default",
+            "engine",
+            "dict",
+        ),
+    )
     disable_log_stats: bool = field(default=False, metadata=about("collect no statistics", "engine", "bool"))
 
     def __init__(self, model: str | os.PathLike | None = None, **options: Any) -> None:

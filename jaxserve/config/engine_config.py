@@ -40,6 +40,7 @@ class EngineConfig:
         served_model_names: at least one name.
         log_stats: collect statistics.
         warmup: "none", "lazy" or "full".
+        kernels: implementation by op, instead of the best that can serve.
         compilation_cache_dir: folder of compiled programs, None for none.
         eos_token_ids: ids that end a sequence unless a request ignores them.
         default_sampling: `SamplingParams` fields for requests without params.
@@ -60,7 +61,6 @@ class EngineConfig:
     logprobs_mode: str
     parallel: ParallelConfig
     block_size: int
-    gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
@@ -71,6 +71,7 @@ class EngineConfig:
     scheduling_policy: str
     decode_steps: int
     warmup: str
+    kernels: Mapping[str, str]
     compilation_cache_dir: Path | None
     log_stats: bool
     eos_token_ids: frozenset[int] = frozenset()
@@ -134,6 +135,7 @@ def resolve(
         "max_num_batched_tokens": tokens,
         "decode_steps": args.decode_steps or (1 if on_cpu else 8),
         "warmup": args.warmup or ("none" if on_cpu else "lazy"),
+        "kernels": MappingProxyType(dict(sorted(args.kernels.items()))),
         "compilation_cache_dir": _cache_dir(args.compilation_cache_dir),
         "log_stats": not args.disable_log_stats,
         "eos_token_ids": eos_token_ids(hf_config, generation_config),

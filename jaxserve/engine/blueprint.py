@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from jaxserve.batch import Bucket, Limits, State
+from jaxserve.checks import require
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.memory import MemoryPlan, estimate_working, plan_memory
 from jaxserve.engine.programs import Buckets, StepCompiler
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, state_shapes
 from jaxserve.weights import ModelPlan
+from pallas_kernels import attention, kv_write, rope_kv_write, top_k_top_p
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
 # most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
@@ -30,6 +32,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
     }
 )
 
+OPS = MappingProxyType({op.name: op for op in (attention.OP, rope_kv_write.OP, kv_write.OP, top_k_top_p.OP)})
 TPU_ROWS = 8  # that a TPU works on at a time
 SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
 
@@ -70,7 +73,8 @@ class Blueprint:
     @cached_property
     def recipe(self) -> Recipe:
         """All that decides what its programs are."""
-        return Recipe.of(self.model, self.limits, ScoreMode.parse(self.config.logprobs_mode), self.device)
+        recipe = Recipe.of(self.model, self.limits, ScoreMode.parse(self.config.logprobs_mode), self.device)
+        return replace(recipe, kernels=tuple(self.config.kernels.items()))
 
     def compiler(self, trace: Callable[[Bucket], bytes], store: ProgramStore | None) -> StepCompiler:
         """Makes its programs from what `trace` exports; keeps exported ones in `store` if they have names."""
@@ -121,6 +125,14 @@ def draft(model: ModelPlan, config: EngineConfig, limit: int | None, working: in
 
 
 def settled(config: EngineConfig, args: EngineArgs, model: ModelPlan) -> EngineConfig:
-    """The config with what the size of the weights decides, unless the caller did."""
+    """The config with what the size of the weights decides, unless the caller did.
+
+    Raises:
+        ParameterError: `kernels` names an op or an implementation that does not exist.
+    """
+    for op, name in config.kernels.items():
+        require(op in OPS, "kernels", op, f"name ops among {', '.join(OPS)}")
+        choices = ", ".join(OPS[op].table)
+        require(name in OPS[op].table, f"kernels[{op!r}]", name, f"be one of {choices}")
     slow = args.decode_steps is None and model.device_bytes > SLOW_BYTES
     return replace(config, decode_steps=1) if slow else config

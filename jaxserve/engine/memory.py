@@ -18,7 +18,7 @@ from sharding.topology import generation_of
 GIB = 1 << 30
 HOLE_BYTES = 64 << 20  # kept free among the arrays that live long, for the small ones that come and go
 SAMPLER_COPIES = 7  # of the float32 logits, at most at one time
-TPU_LAYER_BYTES = 2 << 20  # whatever the batch: 0.8 to 1.4 MiB with models of 8 and 70 billion parameters
+TPU_LAYER_BYTES = 1 << 20  # whatever the batch
 CPU_CACHE_BYTES = 2 * GIB  # default pool on CPU, where the engine shares the memory with everything else
 
 
@@ -71,11 +71,14 @@ def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platfo
 
     Either a layer's activations or, later, the sampler's copies of the logits, and the hidden states beside both. The
     number of copies is what XLA needed on a GPU for 1,024 sequences and 151,936 tokens, with two sizes of layers.
-    `parts` devices share vocabulary, heads and MLP width. The TPU compiler also takes a little for every layer.
+    `parts` devices share vocabulary, heads and MLP width. The TPU compiler keeps twice as many
+    copies of the MLP's activations and takes a little for every layer: so it was with models of 8 and 70 billion
+    parameters on 4 and 8 chips.
     """
     sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size // parts * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = 2 * model.hidden_size + 2 * max(2 * model.intermediate_size, 2 * heads) // parts
+    copies = 4 if platform == "tpu" else 2
+    widest = 2 * model.hidden_size + copies * max(2 * model.intermediate_size, 2 * heads) // parts
     size = max(np.dtype(dtype).itemsize, 4)
     layers = model.num_layers * TPU_LAYER_BYTES if platform == "tpu" else 0
     return max(sampler, bucket.tokens * widest * size) + 2 * bucket.tokens * model.hidden_size * size + layers

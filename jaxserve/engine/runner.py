@@ -65,14 +65,16 @@ class Runner:
         *,
         threads: int,
         mirror: Mirror,
+        utilization: float,
     ) -> None:
+        """`utilization` is the share of the device memory that the engine may use."""
         self.config = config
         self._mirror = mirror
         self._model = model
         self._devices = [device for device in model.devices if device.process_index == jax.process_index()]
         self._platform = self._devices[0].platform
         self._threads = threads
-        self._memory_limit = memory_limit(self._devices, config.gpu_memory_utilization)
+        self._memory_limit = memory_limit(self._devices, utilization)
         self.buckets = buckets_of(config)
         self._tables = [SlotTable(config.max_num_seqs) for _ in range(config.parallel.data_parallel_size)]
         self._leaves: tuple[jax.Array, ...] = ()

@@ -75,7 +75,8 @@ def build_parts(args: EngineArgs) -> Parts:
         config = settled(config, args, model)
         # XLA uses several cores for a program, and the engine is at work beside.
         mirror = Mirror.open(facts(config, hf_config))
-        runner = Runner(model, config, threads=max(1, (os.cpu_count() or 1) // 4), mirror=mirror)
+        threads = max(1, (os.cpu_count() or 1) // 4)
+        runner = Runner(model, config, threads=threads, mirror=mirror, utilization=args.gpu_memory_utilization)
         try:
             start = time.perf_counter()
             leaves = load_weights(model, seed=config.seed, show_progress=config.use_tqdm_on_load)

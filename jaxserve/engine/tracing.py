@@ -30,7 +30,7 @@ from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
 from jaxserve.weights import ModelPlan, plan_model
-from pallas_kernels.dispatch import announce, recorded
+from pallas_kernels.dispatch import announce, preferring, recorded
 from sharding.mesh import abstract_mesh, platform_of
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
@@ -50,6 +50,7 @@ class Recipe:
         dtype: of parameters and cache.
         device: kind, number of cores and platform of the devices that the steps are for.
         mesh: sizes of the axes "data" and "model".
+        kernels: pairs of an op and its implementation, where that was chosen.
     """
 
     hf_config: Mapping[str, Any]
@@ -59,6 +60,7 @@ class Recipe:
     mode: ScoreMode
     device: tuple[str, int | None, str]
     mesh: tuple[int, int] = (1, 1)
+    kernels: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
@@ -84,6 +86,7 @@ class Recipe:
         """The recipe that `dumps` wrote."""
         values = json.loads(text)
         values |= {"limits": Limits(**values["limits"]), "mode": ScoreMode(*values["mode"])}
+        values["kernels"] = tuple((op, name) for op, name in values["kernels"])
         return cls(**values | {name: tuple(values[name]) for name in ("device", "mesh")})
 
     def plan(self) -> ModelPlan:
@@ -200,7 +203,7 @@ class Tracer:
         given = jax.tree.map(partial(_on, mesh), arguments)
         platform = recipe.device[2]
         platforms = [EXPORT_PLATFORM.get(platform, platform)]
-        with recorded() as notes, jax.sharding.use_abstract_mesh(mesh):
+        with recorded() as notes, preferring(dict(recipe.kernels)), jax.sharding.use_abstract_mesh(mesh):
             exported = jax.export.export(jax.jit(program, donate_argnums=1), platforms=platforms)(*given)
         return json.dumps(notes).encode() + b"\n" + exported.serialize()
 

@@ -53,7 +53,7 @@ VLLM_DEFAULTS = {
     "scheduling_policy": "fcfs",
     "disable_log_stats": False,
 }
-OWN_DEFAULTS = {"decode_steps": None, "warmup": None, "compilation_cache_dir": None}
+OWN_DEFAULTS = {"decode_steps": None, "warmup": None, "compilation_cache_dir": None, "kernels": {}}
 
 ACCEPTED = [
     ("max_model_len", "32k", 32_000),
