@@ -26,10 +26,9 @@ SMALL = (
     case("rows as sequences, not a decode", (3, 1), (66, 20), heads=(4, 2), width=64, pad_seqs=2),
     case("short chunks", (5, 1, 3), (70, 10, 3), heads=(6, 2), width=64, pad_rows=4),
     case("mixed", (1, 40, 2), (70, 45, 65), heads=(2, 1), width=64, pad_rows=3),
-    case("window and soft cap", (2, 36), (150, 100), heads=(4, 2), width=64, window=40, soft_cap=5.0),
+    case("window and soft cap", (2, 36), (100, 70), heads=(2, 1), width=64, window=20, soft_cap=5.0),
     case("width 80", (1, 20), (70, 33), heads=(4, 1), width=80),
     case("width 96, float16", (1, 20), (70, 33), heads=(4, 2), width=96, dtype="float16"),
-    case("width 256", (1, 33), (70, 40), heads=(2, 1), width=256),
 )
 LARGE = (
     case("partial results of many CTAs", (1,), (5000,), heads=(8, 2), width=128),
@@ -38,7 +37,7 @@ LARGE = (
     case("odd group", (1, 1), (3000, 70), heads=(9, 3), width=64),
     case("long chunks", (300, 1, 129, 32), (1000, 700, 129, 500), heads=(8, 2), width=128, pad_rows=30),
     case("long chunks, window", (300, 1, 129), (1000, 700, 129), heads=(4, 2), width=128, window=200, soft_cap=20.0),
-    case("long chunks, width 256", (200, 3), (500, 700), heads=(4, 2), width=256),
+    case("width 256", (200, 1, 33), (500, 700, 40), heads=(2, 1), width=256),
 )
 
 

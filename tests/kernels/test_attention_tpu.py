@@ -13,7 +13,7 @@ from pallas_kernels.attention.mosaic_tpu import TpuConfig, tpu_attention
 
 SCALE = 0.3
 CONFIG = TpuConfig(
-    short_rows=8, long_rows=32, block_tokens=64, unrolled_rows=0, cores=1, vmem_bytes=64 << 20, smem_bytes=1 << 19
+    short_rows=8, long_rows=64, block_tokens=64, unrolled_rows=0, cores=1, vmem_bytes=64 << 20, smem_bytes=1 << 19
 )
 
 
