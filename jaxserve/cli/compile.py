@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan, compile and report; returns 1 if the model does not fit."""
     if args.jobs < 1:
         raise flags.UsageError(f"--jobs must be 1 or more, got {args.jobs}")
-    options = engine_options(args)
+    options, given = engine_options(args)
     from sharding.topology import Slice
 
     target = None if args.target is None else Slice.parse(args.target)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxserve.cli.compile_job import prepare
     from jaxserve.cli.compile_report import Findings, facts, lines
 
-    found = Findings(prepare(options, target, plan_only=args.plan_only))
+    found = Findings(prepare(options, target, plan_only=args.plan_only, given=given))
     folder = None if args.out is None else Path(args.out)
     out = sys.stderr if args.json else sys.stdout
     for line in lines(found, args.programs, folder, args.jobs, args.contexts, plan_only=args.plan_only):
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def engine_options(args: argparse.Namespace) -> EngineArgs:
-    """The engine options of the command line, over those of the mesh file.
+def engine_options(args: argparse.Namespace) -> tuple[EngineArgs, set[str]]:
+    """The engine options of the command line, over those of the mesh file, and which were given.
 
     Raises:
         MeshConfigError, TypeError, ParameterError: a file or an option that cannot be used.
@@ -96,4 +96,4 @@ def engine_options(args: argparse.Namespace) -> EngineArgs:
         sizes: dict[str, Any] = {"tensor_parallel_size": axes.model, "data_parallel_size": axes.data}
         known = {name: value for name, value in config.engine.items() if name not in SKIPPED}
         given = sizes | known | given
-    return EngineArgs(**(given | {"model": args.model}))
+    return EngineArgs(**(given | {"model": args.model})), set(given)

@@ -1,6 +1,6 @@
 """What `jaxserve compile` works on: a model laid out on devices that need not exist, and what would fit instead."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,14 @@ class Setup:
         return True
 
 
-def prepare(options: EngineArgs, target: Slice | None, *, plan_only: bool) -> Setup:
+def prepare(options: EngineArgs, target: Slice | None, *, plan_only: bool, given: Collection[str] = ()) -> Setup:
     """Read the model's config, find the devices (or what stands for them) and lay the model out on them.
+
+    Args:
+        options: of the engine.
+        target: the TPU slice; None for the devices of this machine.
+        plan_only: whether nothing will be compiled.
+        given: options that must stay as they are even if they have their default.
 
     Raises:
         ValueError: a model, target, mesh or option that cannot be; the message says what can.
@@ -77,7 +83,7 @@ def prepare(options: EngineArgs, target: Slice | None, *, plan_only: bool) -> Se
     if target is None:
         devices: list[Any] = list(jax.devices())
     else:
-        options = spread(options, target, models.resolve(hf_config).config(hf_config))
+        options = spread(options, target, models.resolve(hf_config).config(hf_config), given)
         devices = [target.abstract_device] if plan_only else target.devices()
     device = devices[0]
     memory = total_memory(device, options.gpu_memory_utilization)
@@ -108,7 +114,7 @@ def read_model_config(options: EngineArgs) -> Mapping[str, Any]:
     return read_json(path) if path.suffix == ".json" else read_config(options)
 
 
-def spread(options: EngineArgs, target: Slice, model: ModelConfig) -> EngineArgs:
+def spread(options: EngineArgs, target: Slice, model: ModelConfig, given: Collection[str]) -> EngineArgs:
     """The options with sizes of the mesh that use every chip of a slice.
 
     Where none is given, as many devices share a copy as the model can be dealt out to. Where one is, the other follows.
@@ -117,11 +123,13 @@ def spread(options: EngineArgs, target: Slice, model: ModelConfig) -> EngineArgs
         TopologyError: sizes that do not make up the slice.
     """
     parts, copies = options.tensor_parallel_size, options.data_parallel_size
-    if (parts, copies) == (1, 1):
+    free_parts = parts == 1 and "tensor_parallel_size" not in given
+    free_copies = copies == 1 and "data_parallel_size" not in given
+    if free_parts and free_copies:
         parts = max(n for n in possible_parts(model, target.chips) if target.chips % n == 0)
-    if copies == 1 and target.chips % parts == 0:
+    if free_copies and target.chips % parts == 0:
         copies = target.chips // parts
-    elif parts == 1 and target.chips % copies == 0:
+    elif free_parts and target.chips % copies == 0:
         parts = target.chips // copies
     target.check_mesh(copies, parts)
     return replace_options(options, tensor_parallel_size=parts, data_parallel_size=copies)

@@ -89,6 +89,7 @@ def test_a_shorter_context_would_fit(large: str, capsys: pytest.CaptureFixture[s
     [
         (["--target", "v9-8"], "generations are v4, v5e, v5p, v6e"),
         (["--target", "v5e-8", "--tensor-parallel-size", "3"], "v5e-8 has 8 chips"),
+        (["--target", "v5e-8", "--tensor-parallel-size", "4", "--data-parallel-size", "1"], "are 4 devices"),
         (["--target", "v5e-8", "--programs", "some"], "'some' is not a number or one of essential, all"),
         (["--target", "v5e-8", "--jobs", "0"], "--jobs must be 1 or more"),
         (["--tensor-parallel-size", "64"], "be at most 8, the number of devices there are"),
