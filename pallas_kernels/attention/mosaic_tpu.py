@@ -137,7 +137,7 @@ def _attend(
     sizes = fit(num_tokens, seqs, heads, kv, config, interpret=bool(interpret))
     tiles, count = plan(cu_q_lens, kv_lens, num_tokens, sizes, window)
     # In bounds whatever the caller left in unused entries.
-    table = jnp.clip(page_table, 0, num_pages - 1).reshape(-1)
+    table, paired = pack_pages(jnp.clip(page_table, 0, num_pages - 1).reshape(-1), num_pages)
     scalars = tiles.reshape(-1), table, jnp.stack((count, cu_q_lens[-1], layer))
     words = sum(x.size for x in scalars)
     if words * 4 > config.smem_bytes:
@@ -148,7 +148,13 @@ def _attend(
     group = heads // key_heads
     call = pl.pallas_call(
         functools.partial(
-            kernel, sizes=sizes, pages_per_seq=pages_per_seq, scale=scale, window=window, soft_cap=soft_cap
+            kernel,
+            sizes=sizes,
+            pages_per_seq=pages_per_seq,
+            paired=paired,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
         ),
         out_shape=jax.ShapeDtypeStruct((num_tokens, key_heads, group, width), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -165,6 +171,14 @@ def _attend(
         name="paged_attention",
     )
     return call(*scalars, q.reshape(num_tokens, key_heads, group, width), kv).reshape(q.shape)
+
+
+def pack_pages(pages: Int[Array, "n"], num_pages: int) -> tuple[Int[Array, "words"], bool]:
+    """The page table for scalar memory, which long contexts of many sequences fill; and whether a word holds two."""
+    if num_pages > 1 << 16:
+        return pages, False
+    half = -(-len(pages) // 2)
+    return pages[:half] | (jnp.pad(pages[half:], (0, 2 * half - len(pages))) << 16), True
 
 
 def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) -> None:

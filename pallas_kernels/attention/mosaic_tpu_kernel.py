@@ -92,8 +92,9 @@ class _Blocks:
     """Blocks of the cache in two slots, and their copies."""
 
     tiles: _Tiles
-    table: Ref  # int32 [S x P] pages
+    table: Ref  # int32 [S x P] pages, or half as many words with the second half in the upper bits
     pages_per_seq: int
+    paired: bool
     layer: Index
     kv: Ref  # [L pages kinds K p H], in HBM
     slots: Ref
@@ -103,10 +104,17 @@ class _Blocks:
         sizes, first = self.tiles.sizes, self.tiles.column(tile, "seq") * self.pages_per_seq
 
         def one(index: Int[Array, ""], _: None) -> None:
-            page = self.table[first + block * sizes.pages + index]
+            page = self._page(first + block * sizes.pages + index)
             then(pltpu.make_async_copy(self.kv.at[self.layer, page], self.slots.at[slot, index], self.sems.at[slot]))
 
         lax.fori_loop(0, self.tiles.pages_seen(tile, block), one, None)
+
+    def _page(self, place: Index) -> Index:
+        if not self.paired:
+            return self.table[place]
+        half = self.table.shape[0]
+        upper = jnp.where(place >= half, 1, 0)
+        return (self.table[place - upper * half] >> (16 * upper)) & 0xFFFF
 
     def start(self, tile: Index, block: Index, slot: Index) -> None:
         self._each_page(tile, block, slot, lambda copy: copy.start())
@@ -180,7 +188,7 @@ class _Softmax:
 
 def kernel(
     tiles_ref: Ref,  # int32 [tiles x COLUMNS]
-    table_ref: Ref,  # int32 [S x P] pages
+    table_ref: Ref,  # as `_Blocks.table`
     counts_ref: Ref,  # int32 [3]: tiles, rows of all sequences, layer
     q_ref: Ref,  # [T K G H], in HBM
     kv_ref: Ref,  # [L pages kinds K p H], in HBM
@@ -198,6 +206,7 @@ def kernel(
     *,
     sizes: Sizes,
     pages_per_seq: int,
+    paired: bool,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -206,7 +215,7 @@ def kernel(
     core, cores = pl.program_id(0), pl.num_programs(0)
     num_tiles = counts_ref[0]
     tiles = _Tiles(tiles_ref, sizes)
-    blocks = _Blocks(tiles, table_ref, pages_per_seq, counts_ref[2], kv_ref, slots, block_sems)
+    blocks = _Blocks(tiles, table_ref, pages_per_seq, paired, counts_ref[2], kv_ref, slots, block_sems)
     softmax = _Softmax(sizes, scale, window, soft_cap, flat, top, total, mixed)
 
     def query_copy(tile: Index, slot: Index) -> Any:
