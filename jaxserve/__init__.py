@@ -7,8 +7,9 @@ from jaxserve.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from jaxserve.config import EngineArgs, ParallelConfig
-    from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
+    from jaxserve.engine.async_engine import AsyncLLMEngine
     from jaxserve.engine.engine import LLMEngine
+    from jaxserve.engine.errors import EngineDeadError
     from jaxserve.llm import LLM
     from jaxserve.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
     from jaxserve.types import (
@@ -26,7 +27,7 @@ _MODULES = {
     "LLM": "jaxserve.llm",
     "LLMEngine": "jaxserve.engine.engine",
     "AsyncLLMEngine": "jaxserve.engine.async_engine",
-    "EngineDeadError": "jaxserve.engine.async_engine",
+    "EngineDeadError": "jaxserve.engine.errors",
     "EngineArgs": "jaxserve.config",
     "ParallelConfig": "jaxserve.config",
     "SamplingParams": "jaxserve.sampling_params",

@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from jaxserve.server.app import AppOptions
-    from jaxserve.server.lifecycle import ServerOptions
     from jaxserve.server.middleware import Keys
-    from jaxserve.server.service import Limits
+    from jaxserve.server.options import AppOptions, Limits, ServerOptions
 
     size = int(args.max_body_mb * MIB)
     app = AppOptions(Keys([]), Keys([]), max_body_bytes=size, access_log=not args.disable_access_log)

@@ -88,9 +88,12 @@ def run(args: argparse.Namespace) -> int:
         return _route(args, options)
     if args.exit_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    from jaxserve.server.lifecycle import serve
+    from jaxserve.server.listen import bind
 
-    return serve(engine, options)
+    with bind(options) as bound:  # before anything that takes seconds
+        from jaxserve.server.lifecycle import serve
+
+        return serve(engine, options, bound)
 
 
 def _end_with_stdin() -> None:
@@ -102,7 +105,7 @@ def _end_with_stdin() -> None:
 
 def _route(args: argparse.Namespace, options: Any) -> int:
     """Start the replicas, each with the same options on a port of its own, and route to them."""
-    from jaxserve.server.lifecycle import read_keys
+    from jaxserve.server.options import read_keys
     from jaxserve.server.router_children import Command
     from jaxserve.server.router_lifecycle import Replicas, route
 
@@ -154,10 +157,8 @@ def split_devices(devices: Sequence[str], replicas: int) -> list[str]:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from jaxserve.server.app import AppOptions
-    from jaxserve.server.lifecycle import ServerOptions, read_keys
     from jaxserve.server.middleware import Keys
-    from jaxserve.server.service import Limits
+    from jaxserve.server.options import AppOptions, Limits, ServerOptions, read_keys
 
     environment = from_environment(*KEY_NAMES)
     admin = from_environment("JAXSERVE_ADMIN_API_KEY")

@@ -14,14 +14,11 @@ from typing import Any, no_type_check
 
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.engine import LLMEngine
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.engine.metrics import Metric
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
-
-
-class EngineDeadError(RuntimeError):
-    """The engine's thread has ended with an error, which is this exception's cause."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from ray import serve
 from jaxserve.engine.async_engine import AsyncLLMEngine
 from jaxserve.ray.config import ServingConfig
 from jaxserve.ray.devices import actor_options, claim_devices, find_device
-from jaxserve.server.app import AppOptions, make_app
+from jaxserve.server.app import make_app
 from jaxserve.server.middleware import Keys
 from jaxserve.server.observe import make_registry
-from jaxserve.server.service import Limits, Service
+from jaxserve.server.options import AppOptions, Limits
+from jaxserve.server.service import Service
 
 MIB = 1 << 20
 NAME = "jaxserve"

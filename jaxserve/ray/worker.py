@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
+from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.ray.config import EngineProcessorConfig
 from jaxserve.ray.devices import claim_devices
 from jaxserve.sampling_params import (

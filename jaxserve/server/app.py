@@ -3,9 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
@@ -16,9 +15,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from jaxserve.engine.async_engine import EngineDeadError
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.errors import ApiError, as_api_error
-from jaxserve.server.middleware import Authenticate, Keys, LimitBody, Observe
+from jaxserve.server.middleware import Authenticate, LimitBody, Observe
+from jaxserve.server.options import AppOptions
 from jaxserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,29 +34,6 @@ ADMIN_ROUTES = ("/reset_prefix_cache", "/start_profile", "/stop_profile")
 STARTED = int(time.time())
 
 RequestId = Annotated[str | None, Header(alias="X-Request-Id", max_length=256)]
-
-
-@dataclass(frozen=True)
-class AppOptions:
-    """How the routes behave, apart from the engine.
-
-    Attributes:
-        keys, admin_keys: of callers; without admin keys there are no admin routes.
-        max_body_bytes: larger bodies are refused.
-        strict: refuse unknown fields instead of naming them in the header `X-Ignored-Fields`.
-        allowed_origins: of other web sites (CORS); none by default.
-        docs: serve FastAPI's pages about the routes.
-        profile_folder: where `/start_profile` writes.
-    """
-
-    keys: Keys
-    admin_keys: Keys
-    max_body_bytes: int
-    strict: bool = False
-    access_log: bool = True
-    allowed_origins: Sequence[str] = ()
-    docs: bool = True
-    profile_folder: str | None = None
 
 
 def make_app(service: Service, registry: CollectorRegistry, options: AppOptions) -> FastAPI:

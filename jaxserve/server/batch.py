@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from jaxserve.checks import shorten
 from jaxserve.config import EngineArgs
-from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
+from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.answers import Json
 from jaxserve.server.batch_files import BatchFiles, Line, pending
 from jaxserve.server.errors import ApiError, as_api_error
+from jaxserve.server.options import Limits
 from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, check_unicode
-from jaxserve.server.service import Limits, Service
+from jaxserve.server.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from jaxserve.checks import ParameterError
-from jaxserve.engine.async_engine import EngineDeadError
+from jaxserve.engine.errors import EngineDeadError
 
 TYPES = {
     400: "BadRequestError",

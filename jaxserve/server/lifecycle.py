@@ -8,98 +8,23 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import uvicorn
 
 from jaxserve.config import EngineArgs
-from jaxserve.engine.async_engine import AsyncLLMEngine, EngineDeadError
-from jaxserve.server.app import AppOptions, make_app
+from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.errors import EngineDeadError
+from jaxserve.server.app import make_app
+from jaxserve.server.listen import Server, url
 from jaxserve.server.observe import log_stats, make_registry
-from jaxserve.server.service import Limits, Service
+from jaxserve.server.options import ServerOptions
+from jaxserve.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 0.5  # seconds between looks at the engine
 LAST_WORDS = 1.0  # seconds that waiting clients have to read why the engine died
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Everything about the server that is not about the engine.
-
-    Attributes:
-        host, port: to listen on; port 0 takes a free one.
-        uds: path of a Unix socket to listen on instead.
-        ssl_keyfile, ssl_certfile, ssl_ca_certs: files for TLS.
-        root_path: under which a proxy serves this.
-        shutdown_timeout: seconds that running requests may take after the first SIGTERM.
-        metrics_prefix: of Prometheus names.
-        response_role: of chat answers.
-    """
-
-    app: AppOptions
-    limits: Limits
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_ca_certs: str | None = None
-    root_path: str = ""
-    shutdown_timeout: float = 0.0
-    metrics_prefix: str = "jaxserve"
-    response_role: str = "assistant"
-
-
-class Server(uvicorn.Server):
-    """uvicorn without its own signal handling, and which says when it listens."""
-
-    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]):
-        super().__init__(config)
-        self._when_ready = when_ready
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `Lifecycle`."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        if self.started:
-            self._when_ready()
-
-
-def bind(options: ServerOptions) -> socket.socket:
-    """The listening socket, before anything expensive starts.
-
-    Raises:
-        OSError: the address is in use or not ours.
-    """
-    try:
-        if options.uds is not None:
-            found = socket.socket(socket.AF_UNIX)
-            found.bind(options.uds)
-            return found
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        found = socket.socket(family)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((options.host, options.port))
-    except OSError as error:
-        place = options.uds or f"{options.host}:{options.port}"
-        raise OSError(f"cannot listen on {place}: {error.strerror}; choose another --host or --port") from error
-    return found
-
-
-def url(options: ServerOptions, bound: socket.socket) -> str:
-    """Where clients find the server."""
-    if options.uds is not None:
-        return f"unix:{options.uds}"
-    host, port = bound.getsockname()[:2]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"{'https' if options.ssl_certfile else 'http'}://{shown}:{port}"
 
 
 class Lifecycle:
@@ -178,22 +103,20 @@ class Lifecycle:
                 return
 
 
-def serve(engine_args: EngineArgs, options: ServerOptions) -> int:
-    """Load the model and serve it; returns the exit code.
+def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket) -> int:
+    """Load the model and serve it on a socket that `bind` made; returns the exit code.
 
     Raises:
-        OSError: the address cannot be used; this is found out first.
         ValueError: an argument, the model's files or the memory do not fit.
     """
-    with bind(options) as bound:
-        engine = AsyncLLMEngine.from_engine_args(engine_args)
-        try:
-            return uvicorn_run(Lifecycle(engine, options, bound))
-        finally:
-            engine.shutdown()
-            if options.uds is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(options.uds)
+    engine = AsyncLLMEngine.from_engine_args(engine_args)
+    try:
+        return uvicorn_run(Lifecycle(engine, options, bound))
+    finally:
+        engine.shutdown()
+        if options.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(options.uds)
 
 
 def uvicorn_run(life: Lifecycle) -> int:
@@ -210,21 +133,3 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
-
-
-def read_keys(given: Sequence[str], files: Sequence[str]) -> list[str]:
-    """API keys from the command line and from files with one on each line.
-
-    Raises:
-        ValueError: a file holds none, or a key is empty.
-    """
-    keys = list(given)
-    for name in files:
-        with open(name, encoding="utf-8") as file:
-            found = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ValueError(f"{name} holds no API key")
-        keys += found
-    if any(not key.strip() for key in keys):
-        raise ValueError("an API key is empty")
-    return keys

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import uvicorn
 import uvloop
 
-from jaxserve.server.lifecycle import Server, ServerOptions, bind, url
+from jaxserve.server.listen import Server, bind, url
+from jaxserve.server.options import ServerOptions
 from jaxserve.server.router import Router
 from jaxserve.server.router_app import make_router_app
 from jaxserve.server.router_children import Children, ChildrenError, Command

@@ -6,7 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.engine.async_engine import AsyncLLMEngine
@@ -23,6 +23,7 @@ from jaxserve.server.answers import (
     prompt_logprobs_json,
 )
 from jaxserve.server.errors import ApiError, as_api_error
+from jaxserve.server.options import Limits
 from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, TokenizeRequest
 from jaxserve.server.streaming import Job, Opening, StreamWriter, event
 from jaxserve.text import Tokenizer
@@ -30,15 +31,6 @@ from jaxserve.types import CompletionOutput, PromptType, Request, RequestOutput,
 from jaxserve.version import __version__
 
 NOT_SHOWN = ("output_kind", "detokenize", "extra_args", "flat_logprobs", "skip_reading_prefix_cache")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes on. `None` is no limit; `request_timeout` is in seconds."""
-
-    max_queue_requests: int | None = None
-    max_queue_tokens: int | None = None
-    request_timeout: float | None = None
 
 
 class Service:

@@ -7,7 +7,8 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.async_engine import EngineDeadError, _all_of, _joined
+from jaxserve.engine.async_engine import _all_of, _joined
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.types import CompletionOutput, Logprob, RequestOutput
 
 PIECE = st.tuples(st.integers(0, 2), st.text(max_size=3), st.lists(st.integers(0, 9), max_size=3))

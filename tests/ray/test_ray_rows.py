@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jaxserve.engine.async_engine import EngineDeadError
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.ray import EngineProcessorConfig, ServingConfig, build_openai_app, build_processor, serving, worker
 from jaxserve.ray.devices import actor_options, choose_device
 from jaxserve.ray.processor import add_columns, unless_failed

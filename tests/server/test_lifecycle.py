@@ -147,8 +147,8 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 def test_keys_from_files_and_the_environment(tmp_path: Path):
-    from jaxserve.server.lifecycle import read_keys
     from jaxserve.server.middleware import Keys
+    from jaxserve.server.options import read_keys
 
     path = tmp_path / "keys"
     path.write_text("# ours\nfirst\n\nsecond\n")

@@ -168,10 +168,8 @@ def running(*fakes: Fake, port: int = 0) -> Iterator[None]:
 
 
 def options(**fields: Any) -> Any:
-    from jaxserve.server.app import AppOptions
-    from jaxserve.server.lifecycle import ServerOptions
     from jaxserve.server.middleware import Keys
-    from jaxserve.server.service import Limits
+    from jaxserve.server.options import AppOptions, Limits, ServerOptions
 
     app = AppOptions(Keys([]), Keys([]), max_body_bytes=100_000)
     return ServerOptions(app, Limits(), **fields)

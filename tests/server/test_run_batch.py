@@ -21,7 +21,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.cli import main
-from jaxserve.engine.async_engine import EngineDeadError
+from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.batch import Batch, Outcome
 from jaxserve.server.batch_files import open_files, parse_line, raw_lines
 from jaxserve.server.service import Service
