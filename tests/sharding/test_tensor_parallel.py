@@ -184,7 +184,9 @@ def test_a_decode_sums_once_a_block_and_gathers_no_logits(four: LLM, level: Leve
     for place in ("embedding/", *blocks):
         assert sum(place in scope for scope in hidden) == 1, place
     assert len(hidden) == 1 + len(blocks)
-    assert all(size == SEQS * BASE["hidden_size"] or size <= SEQS for size, _ in found["all-reduce"])
+    rounds = 16 * SEQS  # sums above a few thresholds of each row
+    assert all(size == SEQS * BASE["hidden_size"] or size <= rounds for size, _ in found["all-reduce"])
+    assert rounds < SEQS * BASE["hidden_size"]
     candidates = 128 * PARTS * SEQS
     assert all(size <= candidates for size, _ in found["all-gather"])
     assert candidates < SEQS * LARGE / 4
