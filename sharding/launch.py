@@ -222,7 +222,8 @@ def _find_leader_worker_set(environ: Environment, config: MeshConfig | None) -> 
 def _find_tpu_pod(environ: Environment, config: MeshConfig | None) -> Rank | None:
     """A host of a TPU slice as Kubernetes describes it, or of several slices (MEGASCALE)."""
     workers = environ.get("TPU_WORKER_HOSTNAMES") or environ.get("TPU_PROCESS_ADDRESSES")
-    if not workers or "TPU_WORKER_ID" not in environ:
+    own = environ.get("TPU_WORKER_ID", "")
+    if not workers or not own or own.startswith("WARNING"):  # where no TPU is, libtpu writes a warning into its value
         return None
     hosts = [worker.strip().partition(":")[0] for worker in workers.split(",")]
     slices, index = _whole(environ, "MEGASCALE_NUM_SLICES", 1), _whole(environ, "MEGASCALE_SLICE_ID", 0)

@@ -261,7 +261,7 @@ GARBAGE = (
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.sampled_from(sorted(FOREIGN_NAMES)), GARBAGE, max_size=3))
 def test_garbage_raises_value_or_type_error_only(options):
     try:

@@ -56,6 +56,7 @@ TABLE = {
         TPU | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "s0:81"},
         Rank(3, 4, 0, "s0", 8482, "TPU_WORKER_ID"),
     ),
+    "no tpu, but its library": ({"TPU_WORKER_ID": "WARNING: could not", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
     "one tpu host": ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
     "tpu pods in a job set": (TPU | {"JOB_COMPLETION_INDEX": "1"}, Rank(1, 2, 0, "t-0.svc", 8482, "TPU_WORKER_ID")),
     "torchrun under slurm": (SLURM | TORCHRUN, Rank(2, 4, 0, "h0", 29400, "RANK (torchrun)")),
