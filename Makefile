@@ -55,7 +55,7 @@ chat: $(DEMO)
 	@$(RUN)/jaxserve chat $(ARGS)
 
 test: $(DEV)
-	@$(RUN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(RUN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-gpu: $(DEV)
 	@$(RUN)/python -m pytest -m gpu $(ARGS)

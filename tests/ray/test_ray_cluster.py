@@ -132,6 +132,7 @@ def test_an_engine_that_cannot_start_says_so_once(cluster: None, engine_kwargs: 
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.slow
 def test_serve_answers_the_official_client(cluster: None, tiny_model: str, engine_kwargs: dict[str, Any]):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -648,6 +648,7 @@ def test_command_lines_of_replicas():
         split_devices(["0", "1", "2"], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_two_real_replicas(quick_flags: list[str]):
     """Chats, streams, errors and metrics through OpenAI's client; then SIGTERM while a request runs."""
