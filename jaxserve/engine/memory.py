@@ -66,7 +66,7 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: np.dtype, platform: st
     return int(np.prod(shape)) * np.dtype(dtype).itemsize + page_size * np.dtype(np.int32).itemsize
 
 
-def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platform: str = "gpu", parts: int = 1) -> int:
+def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platform: str, parts: int = 1) -> int:
     """First guess of a step's working memory, before its program has been compiled: what must exist at one time.
 
     Either a layer's activations or, later, the sampler's copies of the logits, and the hidden states beside both. The

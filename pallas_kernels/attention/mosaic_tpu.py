@@ -17,10 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.mosaic_tpu_kernel import COLUMNS, Sizes, kernel
+from pallas_kernels.attention.mosaic_tpu_kernel import COLUMNS, LANES, SUBLANES, Sizes, kernel
 from pallas_kernels.platform import require_tpu
-
-LANES, SUBLANES = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +162,7 @@ def _attend(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=sizes.scratch(q.dtype, kv.dtype),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=config.vmem_bytes, has_side_effects=False
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=config.vmem_bytes),
         interpret=interpret,
         name="paged_attention",
     )

@@ -15,14 +15,15 @@ from pallas_kernels.kv_write import write_kv
 from pallas_kernels.kv_write.mosaic_tpu import find_runs, tpu_write
 
 SHAPE = (3, 7, 2, 3, 4, 8)  # L pages 2 K p H
-INTERPRET = pltpu.InterpretParams(detect_races=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("on_tpu", [False, True])
-def test_matches_assignments(dtype: str, tokens: int, traced: bool, on_tpu: bool):
+def test_matches_assignments(dtype: str, tokens: int, traced: bool, on_tpu: bool, capsys: pytest.CaptureFixture[str]):
+    cores = 1 + traced
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     rng = np.random.default_rng(tokens)
     kv = np.asarray(jnp.asarray(rng.standard_normal(SHAPE), dtype))
     k, v = (np.asarray(jnp.asarray(rng.standard_normal((tokens, 3, 8)), dtype)) for _ in range(2))
@@ -39,11 +40,12 @@ def test_matches_assignments(dtype: str, tokens: int, traced: bool, on_tpu: bool
     def call(kv, layer, *rest):
         if on_tpu:
             cells = as_cells(*rest[:2], 2, SHAPE[5])
-            return tpu_write(kv, jnp.int32(layer), cells, *rest[2:], rows=2, cores=1 + traced, interpret=INTERPRET)
+            return tpu_write(kv, jnp.int32(layer), cells, *rest[2:], rows=2, cores=cores, interpret=interpret)
         return write_kv(kv, layer if traced else 1, *rest, implementation="xla")
 
     got = jax.jit(call, compiler_options=QUICK)(*(jnp.asarray(x) for x in (kv, np.int32(1), k, v, pages, offsets)))
     np.testing.assert_array_equal(np.asarray(got), expected)
+    assert "RACE" not in capsys.readouterr().out  # that is all the interpreter does about one
 
 
 def test_runs_end_with_tiles_pages_and_gaps():
