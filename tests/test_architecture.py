@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.config",),
     ("jaxserve.quant",),
     ("jaxserve.kv_cache",),
+    ("jaxserve.sums",),
     ("jaxserve.batch",),
     ("jaxserve.layers",),
     ("jaxserve.models",),
@@ -47,7 +48,7 @@ LAYERS: list[tuple[str, ...]] = [
 ALONE = ("pallas_kernels", "sharding")  # import nothing of ours outside their own group
 WITHOUT_JAX = ("jaxserve.engine.scheduler", "jaxserve.engine.balancer", "jaxserve.engine.pages",
                "jaxserve.engine.queues", "jaxserve.types", "jaxserve.sampling_params",
-               "jaxserve.server.router_lifecycle")  # fmt: skip
+               "jaxserve.server.router_lifecycle", "jaxserve.server.ending")  # fmt: skip
 
 # Imports of our own code inside functions. The public names and the model registry are lazy so that only what is used
 # is loaded; the command line is, so that `--help` and a misspelled flag answer before jax is there.

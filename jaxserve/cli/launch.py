@@ -1,9 +1,11 @@
 """`jaxserve launch`: run a command or script on the devices, processes and hosts of a mesh config."""
 
 import argparse
+import contextlib
 import os
 import runpy
 import secrets
+import signal
 import sys
 import traceback
 
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     token = variables.get("JAXSERVE_DP_TOKEN") or (secrets.token_hex(16) if config.hosts == 1 else "")
     commands = [command_of(config, rank, args.mesh, job, variables, token) for rank in ranks]
     limit = None if config.independent else float(config.timeouts.shutdown)
-    return processes.run(commands, stop_seconds=float(config.timeouts.stop), shutdown_seconds=limit)
+    stop = config.timeouts.stop + (vars(job.args).get("shutdown_timeout", 0.0) if job.args is not None else 0.0)
+    return processes.run(commands, stop_seconds=stop, shutdown_seconds=limit)
 
 
 def run_rank(config: MeshConfig, rank: Rank, job: Job, debug: bool) -> int:
@@ -62,8 +65,11 @@ def run_rank(config: MeshConfig, rank: Rank, job: Job, debug: bool) -> int:
     own = rank_variables(config, rank, variables, variables.get("JAXSERVE_DP_TOKEN", ""))
     launch.set_environment(own)
     from jaxserve.distributed import join
+    from jaxserve.server.ending import EarlyEnd
 
-    join(rank, config)
+    serves = job.words[:1] == ("serve",)
+    with EarlyEnd("all ranks had come") if serves else contextlib.nullcontext():
+        join(rank, config)
     try:
         if job.args is not None and rank.rank > 0:
             code = follow(job.args)
@@ -80,15 +86,24 @@ def run_rank(config: MeshConfig, rank: Rank, job: Job, debug: bool) -> int:
 
 
 def follow(args: argparse.Namespace) -> int:
-    """Be the hands of rank 0, which runs the command, until it closes its engine; returns the exit code."""
-    from jaxserve.engine.engine import LLMEngine
+    """Be the hands of rank 0, which runs the command, until it closes its engine; returns the exit code.
+
+    While it loads a signal ends this process; later rank 0, which gets it, too, may have requests to finish.
+    """
+    from jaxserve.server.ending import EarlyEnd
 
     if getattr(args, "model_tag", None) is not None:  # of serve
         setattr(args, flags.ENGINE + "model", args.model_tag)
-    try:
-        LLMEngine.from_engine_args(flags.engine_args(args))
-    except SystemExit as end:
-        return int(end.code or 0)
+    with EarlyEnd("the model was loaded") as ending:
+        from jaxserve.engine.cache_writes import CacheWrites
+        from jaxserve.engine.setup import build_parts
+
+        with CacheWrites() as writes:
+            ending.first(writes.close)
+            try:
+                build_parts(flags.engine_args(args), when_following=lambda: ending.release(signal.SIG_IGN))
+            except SystemExit as end:
+                return int(end.code or 0)
     raise RuntimeError("a follower's engine came back without a leader")
 
 

@@ -83,17 +83,28 @@ def run(args: argparse.Namespace) -> int:
         raise flags.UsageError(f"--port must be in [0, 65535], got {args.port}")
     if args.model_tag is not None:
         setattr(args, flags.ENGINE + "model", args.model_tag)
-    options, engine = _options(args), flags.engine_args(args)
-    if args.replicas > 1:
-        return _route(args, options)
-    if args.exit_with_stdin:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
-    from jaxserve.server.listen import bind
+    from jaxserve.server.ending import EarlyEnd
+
+    with EarlyEnd() as ending:
+        options, engine = _options(args), flags.engine_args(args)
+        if args.replicas > 1:
+            return _route(args, options, ending)
+        if args.exit_with_stdin:
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+        return _serve(engine, options, ending)
+
+
+def _serve(engine: Any, options: Any, ending: Any) -> int:
+    from jaxserve.server.listen import bind, unlink
 
     with bind(options) as bound:  # before anything that takes seconds
+        ending.first(lambda: unlink(options))
         from jaxserve.server.lifecycle import serve
 
-        return serve(engine, options, bound)
+        try:
+            return serve(engine, options, bound, ending)
+        finally:
+            unlink(options)
 
 
 def _end_with_stdin() -> None:
@@ -103,7 +114,7 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _route(args: argparse.Namespace, options: Any) -> int:
+def _route(args: argparse.Namespace, options: Any, ending: Any) -> int:
     """Start the replicas, each with the same options on a port of its own, and route to them."""
     from jaxserve.server.options import read_keys
     from jaxserve.server.router_children import Command
@@ -115,7 +126,9 @@ def _route(args: argparse.Namespace, options: Any) -> int:
     shares = split_devices(cuda_devices(variables), args.replicas)
     commands = [Command(words, variables | ({DEVICES: share} if share else {})) for share in shares]
     keys = read_keys(args.api_key, args.api_key_file) + from_environment(*KEY_NAMES)
-    return route(Replicas(commands=commands, key=next(iter(keys), None)), options)
+    replicas = Replicas(commands=commands, key=next(iter(keys), None))
+    ending.release()
+    return route(replicas, options)
 
 
 def replica_words(words: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 A helper reads one line of JSON per job from its standard input and answers with the length of the program on a line,
 then the program; 0 says that it failed. The first line holds the recipe, and is answered with 0 once all is imported.
+It ends as soon as its input does, whatever it is doing: then the engine's process is gone.
 """
 
 import json
@@ -10,7 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import BinaryIO
 
@@ -21,7 +22,19 @@ from jaxserve.engine.tracing import Recipe, Tracer, read_bucket, write_bucket
 
 logger = logging.getLogger(__name__)
 
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxserve.engine.helpers import main; main()"
+# What a helper runs; a thread watches its input before the seconds that imports take.
+START = """
+import json, os, queue, sys, threading
+lines = queue.SimpleQueue()
+def read():
+    for line in sys.stdin.buffer:
+        lines.put(line)
+    os._exit(0)
+threading.Thread(target=read, daemon=True).start()
+sys.path[:] = json.loads(sys.argv[1])
+from jaxserve.engine.helpers import main
+main(iter(lines.get, None))
+"""
 
 Trace = Callable[[Bucket], bytes]
 
@@ -147,14 +160,14 @@ class Tracers:
             self._dismiss(helper)
 
 
-def serve(lines: BinaryIO, answers: BinaryIO) -> None:
-    """A helper's life: until its input ends."""
+def serve(lines: Iterator[bytes], answers: BinaryIO) -> None:
+    """A helper's life: as long as lines come."""
 
     def answer(blob: bytes) -> None:
         answers.write(f"{len(blob)}\n".encode() + blob)
         answers.flush()
 
-    tracer = Tracer(Recipe.loads(lines.readline().decode()))
+    tracer = Tracer(Recipe.loads(next(lines).decode()))
     answer(b"")
     for line in lines:
         try:
@@ -165,9 +178,9 @@ def serve(lines: BinaryIO, answers: BinaryIO) -> None:
         answer(blob)
 
 
-def main() -> None:
-    """What a helper process runs; whatever prints must not get between its answers."""
+def main(lines: Iterator[bytes]) -> None:
+    """What a helper process does with the lines of its input; whatever prints must not get between its answers."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     jax.config.update("jax_platforms", "cpu")
     with suppress(BrokenPipeError):
-        serve(sys.stdin.buffer, answers)
+        serve(lines, answers)

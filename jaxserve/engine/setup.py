@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,10 +36,11 @@ class Parts:
     runner: Runner
 
 
-def build_parts(args: EngineArgs) -> Parts:
+def build_parts(args: EngineArgs, when_following: Callable[[], object] | None = None) -> Parts:
     """Load everything an engine needs; the tokenizer and the weights load while the programs compile.
 
-    Where several processes share the engine, this returns in the leader alone: the others follow it and then end.
+    Where several processes share the engine, this returns in the leader alone: the others call `when_following`, follow
+    it and then end.
 
     Raises:
         SystemExit: this process was a follower, and the leader has closed the engine.
@@ -83,6 +84,8 @@ def build_parts(args: EngineArgs) -> Parts:
             logger.info("%.2f GiB of weights in %.1f s", model.total_bytes / 2**30, time.perf_counter() - start)
             runner.prepare(leaves)
             if mirror.follower is not None:
+                if when_following is not None:
+                    when_following()
                 runner.follow()
                 raise SystemExit(0)
             return Parts(runner.config, tokenizer.result(), runner)

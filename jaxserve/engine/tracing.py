@@ -8,6 +8,7 @@ come from helper processes, which need no accelerator.
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 import time
 import zlib
@@ -29,12 +30,15 @@ from jaxserve.batch import Bucket, Level, Limits, State, packed_size
 from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
+from jaxserve.sums import Sums
 from jaxserve.weights import ModelPlan, plan_model
+from pallas_kernels.all_reduce.mailbox import TABLE_WORDS
 from pallas_kernels.dispatch import announce, preferring, recorded
-from sharding.mesh import abstract_mesh, platform_of
+from sharding.mesh import AXES, abstract_mesh, platform_of
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
+STEPS = "steps"  # folder of programs within one of compiled programs
 UNFINISHED, UNFINISHED_SECONDS = "unfinished-", 3600  # files that a process was writing, unless it was killed
 EXPORT_PLATFORM = {"gpu": "cuda"}  # what `jax.export` calls a platform, where the device says otherwise
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -51,6 +55,7 @@ class Recipe:
         device: kind, number of cores and platform of the devices that the steps are for.
         mesh: sizes of the axes "data" and "model".
         kernels: pairs of an op and its implementation, where that was chosen.
+        mailboxes: whether the devices that share a copy of the model have given one another memory for their sums.
     """
 
     hf_config: Mapping[str, Any]
@@ -61,6 +66,7 @@ class Recipe:
     device: tuple[str, int | None, str]
     mesh: tuple[int, int] = (1, 1)
     kernels: tuple[tuple[str, str], ...] = ()
+    mailboxes: bool = False
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
@@ -142,11 +148,13 @@ def code_digest() -> str:
     return found.hexdigest()
 
 
-STATE_SPECS = P(None, "data", None, "model"), P("data"), P("data")  # of the leaves of a `State`
+def state_shapes(
+    model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh, *, mailboxes: bool = False
+) -> State:
+    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other.
 
-
-def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh) -> State:
-    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other."""
+    With `mailboxes` the tables of all devices follow, and the number of sums.
+    """
     pools = mesh.shape["data"]
     cache_shape = KVCache.shape(
         model.num_layers,
@@ -156,14 +164,17 @@ def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh
         model.head_dim,
         platform=platform_of(mesh),
     )
-    ids = np.dtype(np.int32)
-    history, slots = (limits.num_pages * pools, limits.page_size), (limits.max_num_seqs * pools,)
-    arrays = (cache_shape, dtype), (history, ids), (slots, ids)
-    cache, tokens, last_token = (
-        cast(Any, jax.ShapeDtypeStruct(*array, sharding=NamedSharding(mesh, spec)))
-        for array, spec in zip(arrays, STATE_SPECS, strict=True)
+
+    def array(shape: tuple[int, ...], spec: P, dtype: np.dtype = np.dtype(np.int32)) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    tables = (mesh.size * TABLE_WORDS,)
+    return State(
+        KVCache(array(cache_shape, P(None, "data", None, "model"), dtype)),
+        tokens=array((limits.num_pages * pools, limits.page_size), P("data")),
+        last_token=array((limits.max_num_seqs * pools,), P("data")),
+        sums=Sums(array(tables, P(AXES)), array((1,), P())) if mailboxes else Sums(),
     )
-    return State(KVCache(cache), tokens, last_token)
 
 
 class Tracer:
@@ -182,9 +193,9 @@ class Tracer:
         Kernels learn of the device from the abstract mesh, so that any process makes the same program.
         """
         recipe, model, mesh = self._recipe, self._model, self._recipe.abstract_mesh
-        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh)
+        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh, mailboxes=recipe.mailboxes)
         shapes, tree = jax.tree.flatten(state)
-        kept_specs = list(STATE_SPECS)
+        kept_specs = [shape.sharding.spec for shape in shapes]
 
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)
@@ -251,7 +262,7 @@ class ProgramStore:
     @classmethod
     def inside(cls, cache: Path) -> "ProgramStore":
         """The one in a folder of compiled programs."""
-        return cls(cache / "steps")
+        return cls(cache / STEPS)
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.zlib"
@@ -268,6 +279,17 @@ class ProgramStore:
 
     def put(self, digest: str, blob: bytes) -> None:
         """Keep a program; other processes see all of it or nothing."""
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=UNFINISHED, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_unfinished(), delete=False) as file:
             file.write(zlib.compress(blob))
         Path(file.name).replace(self._path(digest))
+
+
+def _unfinished() -> str:
+    """How names of files begin that this process is writing."""
+    return f"{UNFINISHED}{os.getpid()}-"
+
+
+def remove_unfinished(cache: Path) -> None:
+    """Remove the programs that this process, which is about to end, has not written to their end."""
+    for path in (cache / STEPS).glob(f"{_unfinished()}*"):
+        path.unlink(missing_ok=True)

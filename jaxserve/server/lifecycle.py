@@ -1,21 +1,23 @@
 """From a bound socket to the last answer: start-up, signals, draining, and what happens when the engine dies."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 
 import uvicorn
 
 from jaxserve.config import EngineArgs
 from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.app import make_app
+from jaxserve.server.ending import EarlyEnd
 from jaxserve.server.listen import Server, url
 from jaxserve.server.observe import log_stats, make_registry
 from jaxserve.server.options import ServerOptions
@@ -24,6 +26,7 @@ from jaxserve.server.service import Service
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 0.5  # seconds between looks at the engine
+CLOSE_SECONDS = 1.0  # for the engine to end by itself
 LAST_WORDS = 1.0  # seconds that waiting clients have to read why the engine died
 
 
@@ -103,20 +106,32 @@ class Lifecycle:
                 return
 
 
-def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket) -> int:
+def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket, ending: EarlyEnd) -> int:
     """Load the model and serve it on a socket that `bind` made; returns the exit code.
+
+    Signals are `ending`'s business until the model is there. When the server has ended while programs still compile,
+    the process ends in here rather than wait for them.
 
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
     """
-    engine = AsyncLLMEngine.from_engine_args(engine_args)
-    try:
-        return uvicorn_run(Lifecycle(engine, options, bound))
-    finally:
-        engine.shutdown()
-        if options.uds is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(options.uds)
+    with CacheWrites() as writes:
+        ending.first(writes.close)
+        engine = AsyncLLMEngine.from_engine_args(engine_args)
+        try:
+            life = Lifecycle(engine, options, bound)
+            ending.release()
+            code = uvicorn_run(life)
+        except BaseException:
+            engine.shutdown()
+            raise
+        closing = threading.Thread(target=engine.shutdown, daemon=True, name="shutdown")
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            logger.info("programs are still being compiled; ending without them")
+            ending.leave(code)
+        return code
 
 
 def uvicorn_run(life: Lifecycle) -> int:

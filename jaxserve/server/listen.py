@@ -1,6 +1,7 @@
 """The socket that a server listens on, and uvicorn on top of it."""
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator
 
@@ -47,6 +48,13 @@ def bind(options: ServerOptions) -> socket.socket:
         place = options.uds or f"{options.host}:{options.port}"
         raise OSError(f"cannot listen on {place}: {error.strerror}; choose another --host or --port") from error
     return found
+
+
+def unlink(options: ServerOptions) -> None:
+    """Remove the Unix socket that `bind` made, if it made one."""
+    if options.uds is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(options.uds)
 
 
 def url(options: ServerOptions, bound: socket.socket) -> str:

@@ -1,7 +1,6 @@
 """A router's life: listen, look at the replicas, pass requests, drain. With processes of its own, theirs too."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 import uvloop
 
-from jaxserve.server.listen import Server, bind, url
+from jaxserve.server.listen import Server, bind, unlink, url
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.router import Router
 from jaxserve.server.router_app import make_router_app
@@ -164,9 +163,7 @@ def route(replicas: Replicas, options: ServerOptions) -> int:
         try:
             return runner.run(_run(replicas, options, bound))
         finally:
-            if options.uds is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(options.uds)
+            unlink(options)
 
 
 async def _run(replicas: Replicas, options: ServerOptions, bound: socket.socket) -> int:

@@ -94,6 +94,15 @@ def test_a_helper_that_dies_is_replaced_by_this_process(tiny_model: Path):
     tracers.close()
 
 
+def test_a_helper_does_not_outlive_the_engine(tiny_model: Path):
+    """Not even while it imports what it needs, which takes seconds."""
+    helper = Helper(recipe(tiny_model))
+    assert helper._process.stdin is not None
+    helper._process.stdin.close()  # as the end of this process would
+    assert helper._process.wait(1) == 0
+    helper.close()
+
+
 def test_helpers_take_over_and_one_of_them_stays(tiny_model: Path):
     plan = recipe(tiny_model)
     tracers = Tracers(lambda bucket: b"ours", plan, helpers=2)
