@@ -26,7 +26,6 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.config",),
     ("jaxserve.quant",),
     ("jaxserve.kv_cache",),
-    ("jaxserve.sums",),
     ("jaxserve.batch",),
     ("jaxserve.layers",),
     ("jaxserve.models",),

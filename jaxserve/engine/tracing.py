@@ -30,11 +30,9 @@ from jaxserve.batch import Bucket, Level, Limits, State, packed_size
 from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
-from jaxserve.sums import Sums
 from jaxserve.weights import ModelPlan, plan_model
-from pallas_kernels.all_reduce.mailbox import TABLE_WORDS
 from pallas_kernels.dispatch import announce, preferring, recorded
-from sharding.mesh import AXES, abstract_mesh, platform_of
+from sharding.mesh import abstract_mesh, platform_of
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
@@ -55,7 +53,6 @@ class Recipe:
         device: kind, number of cores and platform of the devices that the steps are for.
         mesh: sizes of the axes "data" and "model".
         kernels: pairs of an op and its implementation, where that was chosen.
-        mailboxes: whether the devices that share a copy of the model have given one another memory for their sums.
     """
 
     hf_config: Mapping[str, Any]
@@ -66,7 +63,6 @@ class Recipe:
     device: tuple[str, int | None, str]
     mesh: tuple[int, int] = (1, 1)
     kernels: tuple[tuple[str, str], ...] = ()
-    mailboxes: bool = False
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
@@ -148,13 +144,11 @@ def code_digest() -> str:
     return found.hexdigest()
 
 
-def state_shapes(
-    model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh, *, mailboxes: bool = False
-) -> State:
-    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other.
+STATE_SPECS = P(None, "data", None, "model"), P("data"), P("data")  # of the leaves of a `State`
 
-    With `mailboxes` the tables of all devices follow, and the number of sums.
-    """
+
+def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh) -> State:
+    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other."""
     pools = mesh.shape["data"]
     cache_shape = KVCache.shape(
         model.num_layers,
@@ -164,17 +158,14 @@ def state_shapes(
         model.head_dim,
         platform=platform_of(mesh),
     )
-
-    def array(shape: tuple[int, ...], spec: P, dtype: np.dtype = np.dtype(np.int32)) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    tables = (mesh.size * TABLE_WORDS,)
-    return State(
-        KVCache(array(cache_shape, P(None, "data", None, "model"), dtype)),
-        tokens=array((limits.num_pages * pools, limits.page_size), P("data")),
-        last_token=array((limits.max_num_seqs * pools,), P("data")),
-        sums=Sums(array(tables, P(AXES)), array((1,), P())) if mailboxes else Sums(),
+    ids = np.dtype(np.int32)
+    history, slots = (limits.num_pages * pools, limits.page_size), (limits.max_num_seqs * pools,)
+    arrays = (cache_shape, dtype), (history, ids), (slots, ids)
+    cache, tokens, last_token = (
+        cast(Any, jax.ShapeDtypeStruct(*array, sharding=NamedSharding(mesh, spec)))
+        for array, spec in zip(arrays, STATE_SPECS, strict=True)
     )
+    return State(KVCache(cache), tokens, last_token)
 
 
 class Tracer:
@@ -193,9 +184,9 @@ class Tracer:
         Kernels learn of the device from the abstract mesh, so that any process makes the same program.
         """
         recipe, model, mesh = self._recipe, self._model, self._recipe.abstract_mesh
-        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh, mailboxes=recipe.mailboxes)
+        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh)
         shapes, tree = jax.tree.flatten(state)
-        kept_specs = [shape.sharding.spec for shape in shapes]
+        kept_specs = list(STATE_SPECS)
 
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)
