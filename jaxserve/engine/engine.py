@@ -38,7 +38,7 @@ class LLMEngine:
         pages = parts.runner.plan.num_pages
         copies = config.parallel.data_parallel_size
         self.scheduler: Balancer = Balancer([make_scheduler(config, pages) for _ in range(copies)])
-        self._metrics = Metrics() if config.log_stats else None
+        self._metrics = Metrics(config.max_model_len) if config.log_stats else None
         self._outputs = OutputProcessor(parts.tokenizer, self.scheduler, self._metrics)
         self._inflight: InFlight | None = None
         self._seeds = np.random.default_rng(config.seed)

@@ -180,7 +180,7 @@ class OutputProcessor:
             for continuation in record.continuations:
                 del self._continuations[continuation.sequence]
             if self._metrics is not None:
-                self._metrics.finish(record.continuations[0].sequence, now)
+                self._metrics.finish([one.sequence for one in record.continuations], now)
         return output
 
     def _check_text(self, continuation: Continuation) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from jaxserve.engine import metrics
 from jaxserve.engine.async_engine import AsyncLLMEngine
@@ -42,7 +43,8 @@ class EngineCollector(Collector):
             families[name] = family
             values = list(labels.values())
             if isinstance(family, HistogramMetricFamily) and isinstance(metric, metrics.Histogram):
-                family.add_metric(values, list(metric.buckets.items()), metric.sum)
+                bounds = [(floatToGoString(bound), count) for bound, count in metric.buckets.items()]
+                family.add_metric(values, bounds, metric.sum)
             elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
                 family.add_metric(values, getattr(metric, "value", 0))
         yield from families.values()

@@ -1,7 +1,6 @@
 """Live servers in processes of their own, as users start them."""
 
 import queue
-import re
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 
 import httpx
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 
 KEY, ADMIN_KEY = "key-of-a-caller", "key-of-an-admin"
 
@@ -31,11 +31,22 @@ class Live:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
-    def metric(self, name: str) -> float:
-        """A number of /metrics without further labels."""
+    def metrics(self) -> dict[str, float]:
+        """The numbers of /metrics, by name and the labels that are not the same everywhere: `name label=value`."""
         with self.http() as http:
             text = http.get("/metrics").text
-        return float(re.findall(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", text, re.MULTILINE)[0])
+        found = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = [
+                    f"{key}={value}" for key, value in sample.labels.items() if key not in ("model_name", "engine")
+                ]
+                found[" ".join([sample.name, *labels])] = sample.value
+        return found
+
+    def metric(self, name: str) -> float:
+        """A number of /metrics without further labels."""
+        return self.metrics()[name]
 
     def settles(self, running: float = 0.0) -> None:
         """Wait until the engine runs so many sequences."""

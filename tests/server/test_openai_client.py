@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from live import ADMIN_KEY, KEY, Live, serve, warm
 from jaxserve.text import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+ROOT = Path(__file__).parents[2]
 GREEDY = {"model": "tiny", "temperature": 0}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -230,6 +232,45 @@ def test_keys(live: Live):
         assert nobody.post("/tokenize", json={"prompt": "x"}).status_code == 401
 
 
+def test_metrics_count_what_a_request_did(live: Live):
+    """Under vLLM's names: a prompt of which two pages of 32 tokens are found again, with two continuations."""
+    prompt = [7000 + i for i in range(70)]
+    before = live.metrics()
+    with live.http() as http:
+        for body in ({}, {"n": 2, "temperature": 1.0}):
+            body |= {"prompt": prompt, "max_tokens": 3, "ignore_eos": True}
+            assert http.post("/v1/completions", json=body).status_code == 200
+    page = live.metrics()
+    gained = {name: value - before.get(name, 0.0) for name, value in page.items() if value != before.get(name, 0.0)}
+    by_source = "jaxserve:prompt_tokens_by_source_total"
+    expected = {
+        "jaxserve:prompt_tokens_total": 210,
+        "jaxserve:prompt_tokens_cached_total": 128,
+        f"{by_source} source=local_compute": 82,
+        f"{by_source} source=local_cache_hit": 128,
+        "jaxserve:request_prefill_kv_computed_tokens_sum": 76,
+        "jaxserve:request_prefill_kv_computed_tokens_count": 2,
+        "jaxserve:request_prefill_kv_computed_tokens_bucket le=50.0": 1,
+        "jaxserve:request_max_num_generation_tokens_sum": 6,
+        "jaxserve:request_success_total finished_reason=length": 2,
+    }
+    assert {name: gained.get(name) for name in expected} == expected
+    assert page[f"{by_source} source=external_kv_transfer"] == 0
+    assert "jaxserve:time_to_first_token_seconds_bucket le=2560.0" in page
+    assert "jaxserve:request_prompt_tokens_bucket le=2000.0" in page
+    assert "jaxserve:request_prompt_tokens_bucket le=5000.0" not in page
+
+
+def test_the_dashboard_asks_for_what_there_is(live: Live):
+    panels = json.loads((ROOT / "examples" / "grafana" / "dashboard.json").read_text())["panels"]
+    asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    names = set(re.findall(r"\$\{prefix\}:\w+|http_\w+", asked))
+    there = {name.partition(" ")[0] for name in live.metrics()}
+    assert {name.replace("${prefix}", "jaxserve") for name in names} <= there
+    assert "${prefix}:prompt_tokens_by_source_total" in names
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+
+
 def test_unknown_fields_are_named_and_parameters_shown(live: Live):
     body = {"prompt": "Hi", "max_tokens": 1, "top_q": 1, "user": "me", "x_effective_params": True, "top_k": 5}
     with live.http() as http:
@@ -305,7 +346,7 @@ def test_generated_requests_never_make_the_server_fail(live: Live, tmp_path: Pat
 
 def test_the_example_runs(live: Live):
     command = [sys.executable, "examples/openai_client.py", f"{live.url}/v1", KEY]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "(40 tokens)" in done.stdout
     assert "'top_k': 20" in done.stdout
