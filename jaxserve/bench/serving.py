@@ -53,6 +53,11 @@ class Target:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return {"base_url": self.base_url, "headers": headers, "timeout": None, "trust_env": False}
 
+    @property
+    def shown(self) -> str:
+        """Its address without a user's name and password."""
+        return re.sub(r"//[^/@]*@", "//", self.base_url)
+
 
 @dataclass
 class Connection:
@@ -284,9 +289,9 @@ def ask_server(target: Target) -> Server:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         remedy = "start the server (for example: jaxserve serve), wait until it is ready, or correct --base-url"
-        raise ServerError(f"no server answers at {target.base_url} ({reason}); {remedy}") from error
+        raise ServerError(f"no server answers at {target.shown} ({reason}); {remedy}") from error
     if answer.status_code in (401, 403):
-        raise ServerError(f"{target.base_url} wants a valid --api-key: {refusal(answer.status_code, answer.content)}")
+        raise ServerError(f"{target.shown} wants a valid --api-key: {refusal(answer.status_code, answer.content)}")
     try:
         cards = {card["id"]: card for card in answer.json()["data"]}
         card = cards[target.model or next(iter(cards))]

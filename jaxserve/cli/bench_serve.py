@@ -28,6 +28,10 @@ DESCRIPTION = """Send random requests to a server with OpenAI's API and report t
 Works with any such server that streams. Requests arrive at random times at a mean rate; lengths and prompts are random
 too, the same for the same --seed. Times are as seen from here: a request's clock starts when it is sent."""
 
+# The options that results hold: what decides the figures, and nothing that could be a secret.
+SAVED = ("endpoint", "timeout", "num_prompts", "request_rate", "burstiness", "max_concurrency", "warmups", "seed",
+         "input_len", "output_len", "lengths", "length_sigma", "random_range_ratio", "max_total_len", "vocab_size",
+         "ignore_eos", "temperature", "extra_body", "percentiles")  # fmt: skip
 CHAT_TEMPLATE_TOKENS = 64  # room for what a chat template adds to a prompt
 
 
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     server = serving.ask_server(asked)
     target = replace(asked, model=args.model or server.model or "")
     if not target.model:
-        raise ParameterError(f"{target.base_url} lists no model at /v1/models; name one with --model.")
+        raise ParameterError(f"{target.shown} lists no model at /v1/models; name one with --model.")
     check_context(lengths, server.max_model_len, CHAT_TEMPLATE_TOKENS if args.endpoint == "chat" else 0)
     warm = list(itertools.islice(itertools.cycle(lengths), args.warmups))
     warm_up(target, requests(args, target.model, warm, stream=1), args.max_concurrency)
@@ -202,14 +206,13 @@ def measure(
 
 
 def about(args: argparse.Namespace, spread: Lengths, target: serving.Target, server: serving.Server) -> dict[str, Any]:
-    """What was measured, and how: everything but the key."""
-    hidden = ("api_key", "run", "words", "verbose", "debug", "output", "details", "plot")
-    shown = {name: value for name, value in vars(args).items() if name not in hidden}
+    """What was measured, and how."""
+    shown = {name: vars(args)[name] for name in SAVED}
     rate = "inf" if math.isinf(args.request_rate) else args.request_rate  # JSON has no infinity
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "version": __version__,
-        "server": {"url": target.base_url, "owner": server.owner, "max_model_len": server.max_model_len},
+        "server": {"url": target.shown, "owner": server.owner, "max_model_len": server.max_model_len},
         "model": target.model,
         "arguments": shown | {"request_rate": rate, "lengths": spread.distribution, "max_total_len": spread.most},
     }

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from jaxserve.bench import load, serving
 from jaxserve.bench.load import Lengths, arrival_times, make_requests
 from jaxserve.checks import ParameterError
-from jaxserve.cli import main
+from jaxserve.cli import bench_serve, main, parse
 
 MODEL = "fake/model"
 
@@ -562,6 +562,17 @@ def test_plotting_without_matplotlib_says_what_to_install(
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert 'pip install "jaxserve[plot]"' in said(capsys, 1, "--plot", "x.png")
+
+
+def test_results_hold_no_option_that_was_not_chosen_for_them(fake: FakeServer, tmp_path: Path):
+    """A new option is in one of both lists, or this fails."""
+    address = fake.url.replace("//", "//user:password@")
+    found = bench(fake, tmp_path, "--base-url", address, "--extra-body", '{"top_k": 3, "fake": {}}')
+    assert found["arguments"].keys() == set(bench_serve.SAVED)
+    assert found["arguments"]["extra_body"]["top_k"] == 3
+    assert "password" not in json.dumps(found)
+    others = {"api_key", "base_url", "model", "output", "details", "plot", "run", "words", "verbose", "debug"}
+    assert set(vars(parse(["bench", "serve"]))) == others | set(bench_serve.SAVED)
 
 
 def test_the_target_hides_its_key():
