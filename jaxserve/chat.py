@@ -213,6 +213,8 @@ def _normalise(message: Any, where: str, template: ChatTemplate) -> dict[str, An
     calls, content = message.get("tool_calls"), message.get("content")
     if calls:
         result["tool_calls"] = _tool_calls(calls, where)
+    if content is None and message["role"] == "assistant" and "content" in message and not calls:
+        content = result["content"] = ""  # as clients send back an answer that was empty
     if content is None:
         if not calls:
             raise ValueError(f"{where} has no content; give a string or a list of text parts")

@@ -325,7 +325,7 @@ class SamplingParams:
 
 def _json_biases(items: Iterable[tuple[object, object]]) -> Iterable[tuple[int, float]]:
     for key, value in items:
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token = int(key) if isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit() else key
         bias = check_float(f"logit_bias[{key!r}]", value)
         yield check_int("logit_bias key", token), max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, bias))
 

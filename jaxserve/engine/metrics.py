@@ -115,7 +115,7 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0  # of those
         self.generation_tokens = 0
-        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.steps = 0
         self.observed = distributions(max_model_len)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxserve.text import Tokenizer
@@ -111,6 +111,23 @@ def prompt_logprobs_json(positions: Sequence[PositionLogprobs | None] | None) ->
         }
         for position in positions
     ]
+
+
+def without_continuation(output: RequestOutput) -> RequestOutput:
+    """An output of a request that asked for nothing after its prompt."""
+    ended = {None: None, "stop": "length"}
+    nothing = [
+        replace(
+            one,
+            text="",
+            token_ids=[],
+            logprobs=None if one.logprobs is None else [],
+            stop_reason=None,
+            finish_reason=ended.get(one.finish_reason, one.finish_reason),
+        )
+        for one in output.outputs
+    ]
+    return replace(output, outputs=nothing)
 
 
 def head(kind: str, answer_id: str, model: str, fingerprint: str) -> Json:

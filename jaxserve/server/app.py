@@ -20,6 +20,7 @@ from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.middleware import Authenticate, LimitBody, Observe
 from jaxserve.server.options import AppOptions
 from jaxserve.server.protocol import (
+    PRINTABLE,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -33,7 +34,7 @@ from jaxserve.version import __version__
 ADMIN_ROUTES = ("/reset_prefix_cache", "/start_profile", "/stop_profile")
 STARTED = int(time.time())
 
-RequestId = Annotated[str | None, Header(alias="X-Request-Id", max_length=256)]
+RequestId = Annotated[str | None, Header(alias="X-Request-Id", max_length=256, pattern=PRINTABLE)]
 
 
 def make_app(service: Service, registry: CollectorRegistry, options: AppOptions) -> FastAPI:

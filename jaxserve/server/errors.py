@@ -1,5 +1,6 @@
 """What goes wrong, as OpenAI's clients read it: `{"error": {"message", "type", "param", "code"}}` and a status."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse
 from jaxserve.checks import ParameterError
 from jaxserve.engine.errors import EngineDeadError
 
+FORM = re.compile(r"str|list\[.*\]")  # what pydantic calls a possible type of a field
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -73,9 +75,12 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if not found:
         return ApiError(400, "the request is not valid")
     first = found[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    place = [str(part) for part in first["loc"] if part not in ("body", "header")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     param = ".".join(place) or None
+    if len(place) > 1 and FORM.fullmatch(place[1]):  # of several forms that a field may have, none fits
+        forms = dict.fromkeys(str(error["loc"][2]) for error in found if error["loc"][1] == place[0])
+        return ApiError(400, f"{place[0]} must be {' or '.join(forms)}", param=place[0])
     rest = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return ApiError(400, f"{param or 'the body'}: {first['msg']}{rest}", param=param)

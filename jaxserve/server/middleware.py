@@ -139,7 +139,9 @@ class Observe:
         self._seconds.labels(route, scope["method"]).observe(seconds)
         if self._log and scope["path"] not in QUIET:
             host, port = scope.get("client") or ("-", 0)
-            logger.info('%s:%s "%s %s" %s %.3f s', host, port, scope["method"], scope["path"], shown, seconds)
+            # As it came, so escaped: a line break in it would forge lines of the log.
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+            logger.info('%s:%s "%s %s" %s %.3f s', host, port, scope["method"], path, shown, seconds)
 
 
 async def answer(error: ApiError, scope: MutableMapping[str, Any], send: Send) -> None:

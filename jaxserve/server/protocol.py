@@ -5,11 +5,13 @@ Unknown fields are kept, so that they can be named or refused. Fields that are N
 
 import json
 import math
+import re
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from jaxserve.checks import ParameterError
+from jaxserve.checks import ParameterError, suggest
 from jaxserve.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 # Book-keeping of OpenAI's own service: no meaning for an answer, so they are neither unknown nor an error.
@@ -46,6 +48,7 @@ def _finite(value: float) -> float:
 
 
 Number = Annotated[float, AfterValidator(_finite)]
+PRINTABLE = r"^[ -~]*$"  # ids come back in a header
 
 
 class StreamOptions(BaseModel):
@@ -100,7 +103,7 @@ class Generate(BaseModel):
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     priority: int | None = None
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: str | None = Field(default=None, max_length=256, pattern=PRINTABLE)
     cache_salt: str | None = Field(default=None, min_length=1)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -129,15 +132,23 @@ class Generate(BaseModel):
         """The given fields that `SamplingParams` has, by its names."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
         if "repetition_detection" in given:
-            given["repetition_detection"] = RepetitionDetectionParams(**given["repetition_detection"])
+            given["repetition_detection"] = _made(RepetitionDetectionParams, "repetition_detection", given)
         if "structured_outputs" in given:
-            given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+            given["structured_outputs"] = _made(StructuredOutputsParams, "structured_outputs", given)
         return given
 
     def tokenization(self) -> dict[str, Any]:
         """How a prompt's text becomes tokens, for the engine."""
         names = ("truncate_prompt_tokens", "truncation_side")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _made[Params](kind: type[Params], name: str, given: dict[str, Any]) -> Params:
+    """The field `name` as one of the engine's own objects."""
+    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    for key in sorted(given[name].keys() - set(known)):
+        raise ParameterError(f"{name} has no field {key!r}.{suggest(key, known)}", parameter=name)
+    return kind(**given[name])
 
 
 SAMPLING_FIELDS = (
@@ -173,12 +184,18 @@ class CompletionRequest(Generate):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
+    @property
+    def only_echo(self) -> bool:
+        """Whether nothing but the prompt is wanted, such as for its log-probabilities."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def tokenization(self) -> dict[str, Any]:
         options = super().tokenization()
         return options if self.add_special_tokens is None else options | {"add_special_tokens": self.add_special_tokens}
 
     def sampling_fields(self) -> dict[str, Any]:
-        given = super().sampling_fields() | {"max_tokens": 16 if self.max_tokens is None else self.max_tokens}
+        most = 16 if self.max_tokens is None else 1 if self.only_echo else self.max_tokens
+        given = super().sampling_fields() | {"max_tokens": most}
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
             if self.echo:
@@ -221,6 +238,29 @@ class ChatCompletionRequest(Generate):
         going_on = bool(self.continue_final_message)
         opening = not going_on if self.add_generation_prompt is None else self.add_generation_prompt
         return template_options(self.chat_template_kwargs, opening, going_on)
+
+
+def length_field(body: Generate) -> str:
+    """The field that limits the answer."""
+    newer = isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None
+    return "max_completion_tokens" if newer else "max_tokens"
+
+
+def in_clients_words(error: ValueError | TypeError, body: Generate) -> ParameterError:
+    """What the engine says about a value, under the name that the client gave it (None if it was none of its own)."""
+    names = {"prompt_token_ids": "prompt"}
+    if isinstance(body, ChatCompletionRequest):
+        names = {"logprobs": "top_logprobs", "prompt": "messages", "prompt_token_ids": "messages"}
+        names["max_tokens"] = length_field(body)
+    message = str(error) or type(error).__name__
+    place = error.parameter if isinstance(error, ParameterError) and error.parameter else message
+    own = re.match(r"\w*", place)
+    name = own[0] if own else ""
+    new = names.get(name, name)
+    if new not in type(body).model_fields:
+        return ParameterError(message, parameter=error.parameter if isinstance(error, ParameterError) else None)
+    told = new + message[len(name) :] if message.startswith(name) else message
+    return ParameterError(told, parameter=new + place[len(name) :] if place != message else new)
 
 
 def template_options(kwargs: dict[str, Any] | None, opening: bool, going_on: bool) -> dict[str, Any]:

@@ -21,10 +21,18 @@ from jaxserve.server.answers import (
     completion_logprobs,
     head,
     prompt_logprobs_json,
+    without_continuation,
 )
 from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.options import Limits
-from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate, TokenizeRequest
+from jaxserve.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Generate,
+    TokenizeRequest,
+    in_clients_words,
+    length_field,
+)
 from jaxserve.server.streaming import Job, Opening, StreamWriter, event
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, PromptType, Request, RequestOutput, TokensPrompt
@@ -83,8 +91,15 @@ class Service:
         """Check, template and tokenise everything, so that whatever is wrong is known before anything runs.
 
         Raises:
-            ApiError, ValueError, TypeError: the answer is an error.
+            ApiError: the answer is an error.
+            ParameterError: so it is, and the client's fault.
         """
+        try:
+            return await self._prepare(body, request_id)
+        except (ValueError, TypeError) as error:
+            raise in_clients_words(error, body) from error
+
+    async def _prepare(self, body: Generate, request_id: str | None) -> Job:
         model = self.resolve_model(body.model)
         body.check()
         params = self.params(body)
@@ -103,7 +118,7 @@ class Service:
             for i, prompt in enumerate(prompts)
         ]
         for request in requests:
-            check_room(request, params.max_tokens, self.engine.config.max_model_len)
+            check_room(request, params.max_tokens, self.engine.config.max_model_len, length_field(body))
         names = TokenNames(self.engine.tokenizer, bool(body.return_tokens_as_token_ids))
         return Job(body, answer_id, model, requests, names)
 
@@ -127,7 +142,7 @@ class Service:
         """
         try:
             async with asyncio.timeout(self.limits.request_timeout), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._last(request)) for request in job.requests]
+                tasks = [group.create_task(self._last(request, job.only_echo)) for request in job.requests]
         except ExceptionGroup as several:
             raise several.exceptions[0] from None
         outputs, usage = [task.result() for task in tasks], Usage()
@@ -143,12 +158,12 @@ class Service:
             result |= {"prompt_token_ids": outputs[0].prompt_token_ids}
         return result | self.effective(job)
 
-    async def _last(self, request: Request) -> RequestOutput:
+    async def _last(self, request: Request, only_echo: bool) -> RequestOutput:
         async with contextlib.aclosing(self.engine.run(request)) as outputs:
             async for output in outputs:
                 last = output
         check_finished(last)
-        return last
+        return last if not only_echo else without_continuation(last)
 
     def _choices(self, job: Job, number: int, output: RequestOutput) -> list[Json]:
         """The choices of one prompt."""
@@ -261,7 +276,8 @@ class Service:
         try:
             async with contextlib.aclosing(self.outputs(job)) as outputs:
                 async for number, output in outputs:
-                    for chunk in writer.chunks(number, output):
+                    shown = without_continuation(output) if job.only_echo else output
+                    for chunk in writer.chunks(number, shown):
                         yield event(chunk)
                     check_finished(output)
             if writer.final_usage:
@@ -271,15 +287,15 @@ class Service:
         yield "data: [DONE]\n\n"
 
 
-def check_room(request: Request, max_tokens: int | None, most: int) -> None:
-    """Raise `ApiError` 400 if prompt and answer together cannot fit the context."""
+def check_room(request: Request, max_tokens: int | None, most: int, field: str) -> None:
+    """Raise `ApiError` 400, about `field`, if prompt and answer together cannot fit the context."""
     prompt = len(request.prompt_token_ids)
     if max_tokens is not None and prompt + max_tokens > most:
         message = (
             f"the model's context holds {most} tokens, but {prompt + max_tokens} were requested: {prompt} in the "
-            f"prompt and max_tokens={max_tokens}; shorten the prompt or lower max_tokens to at most {most - prompt}"
+            f"prompt and {field}={max_tokens}; shorten the prompt or lower {field} to at most {most - prompt}"
         )
-        raise ApiError(400, message, param="max_tokens")
+        raise ApiError(400, message, param=field)
 
 
 def with_salt(prompt: PromptType, salt: str | None) -> PromptType:

@@ -14,7 +14,7 @@ from jaxserve.server.answers import (
     completion_logprobs,
     head,
 )
-from jaxserve.server.protocol import ChatCompletionRequest, Generate
+from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate
 from jaxserve.types import CompletionOutput, Request, RequestOutput
 
 COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: a stream has an event a token
@@ -34,6 +34,11 @@ class Job:
     def params(self) -> SamplingParams:
         """Of all its prompts."""
         return self.requests[0].params
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the one token that the engine generates at least is not wanted."""
+        return isinstance(self.body, CompletionRequest) and self.body.only_echo
 
     @property
     def top(self) -> int:
