@@ -1,12 +1,19 @@
 """Shared set-up: eight fake CPU devices, a compilation cache for the whole run, and the embedded model."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+# Compiling is most of the time of the tests. XLA's older code generator takes half as long, and so does one part of a
+# program instead of one for each core. What must be as users have it is made in `processes_of_users`.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1",
+)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Begun first, so that the workers of a parallel run end together.
@@ -40,6 +47,14 @@ def quick_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", True)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def processes_of_users() -> Iterator[None]:
+    """Processes that tests start compile as those of users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

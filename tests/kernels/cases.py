@@ -20,23 +20,29 @@ class Case:
     width: int = 16
     page: int = 4
     pages_per_seq: int = 12
+    pages: int | None = None  # in the cache; otherwise a few more than are used
     window: int | None = None
     soft_cap: float | None = None
     dtype: str = "float32"
 
 
+# Compiling is most of the time of these cases: those of one shape share a program.
+FOUR = {"pages_per_seq": 80, "pages": 112}  # as many rows as sequences
+EIGHT = {"pages_per_seq": 12, "pages": 40}  # 64 rows, 8 sequences
+TWO = {"pages_per_seq": 80, "pages": 80}  # 200 rows, 2 sequences
 CASES = (
-    Case("decode", (1, 1, 1), (1, 7, 33)),
-    Case("decode with padding", (1, 1), (9, 4), pad_rows=2, pad_seqs=2),
-    Case("decode, some sequences without rows", (1, 0, 1, 1), (5, 3, 17, 48), pad_rows=1),
-    Case("as many rows as sequences, not a decode", (3, 1), (3, 20), pad_rows=1, pad_seqs=3),
-    Case("one prefill", (20,), (20,)),
-    Case("prefill of several tiles", (200,), (300,), pages_per_seq=80),
-    Case("chunk on a cached prefix", (9,), (41,), pad_rows=7),
-    Case("mixed", (1, 13, 1, 30, 1), (40, 13, 1, 47, 8), pad_rows=18, pad_seqs=3),
-    Case("mostly decodes", (1, 1, 1, 1, 1, 1, 1, 2), (9, 48, 1, 2, 33, 16, 17, 5), pad_rows=7),
-    Case("tiles that end past the batch", (70, 3), (70, 11), pages_per_seq=20),
-    Case("only padding", (), (), pad_rows=4, pad_seqs=2),
+    Case("decode", (1, 1, 1, 1), (1, 7, 33, 48), **FOUR),
+    Case("decode with padding", (1, 1), (9, 4), pad_rows=2, pad_seqs=2, **FOUR),
+    Case("decode, some sequences without rows", (1, 0, 1, 1), (5, 3, 17, 48), pad_rows=1, **FOUR),
+    Case("as many rows as sequences, not a decode", (2, 1), (3, 20), pad_rows=1, pad_seqs=2, **FOUR),
+    Case("long decodes", (1, 1), (300, 129), pad_rows=2, pad_seqs=2, **FOUR),
+    Case("one prefill", (20,), (20,), pad_rows=44, pad_seqs=7, **EIGHT),
+    Case("chunk on a cached prefix", (9,), (41,), pad_rows=55, pad_seqs=7, **EIGHT),
+    Case("mixed", (1, 13, 1, 30, 1), (40, 13, 1, 47, 8), pad_rows=18, pad_seqs=3, **EIGHT),
+    Case("mostly decodes", (1, 1, 1, 1, 1, 1, 1, 2), (9, 48, 1, 2, 33, 16, 17, 5), pad_rows=55, **EIGHT),
+    Case("only padding", (), (), pad_rows=64, pad_seqs=8, **EIGHT),
+    Case("prefill of several tiles", (200,), (300,), pad_seqs=1, **TWO),
+    Case("tiles that end past the batch", (130, 70), (130, 81), **TWO),
     Case("one head", (1, 6), (6, 11), heads=(1, 1)),
     Case("multi-query, odd group", (1, 5), (30, 5), heads=(7, 1)),
     Case("grouped, odd group", (1, 5, 2), (30, 5, 40), heads=(9, 3), width=64),
@@ -47,7 +53,6 @@ CASES = (
     Case("window over many blocks", (70, 2), (300, 280), window=40, pages_per_seq=80, pad_rows=8),
     Case("soft cap", (1, 13), (40, 20), soft_cap=2.0),
     Case("window and soft cap", (1, 13), (40, 20), window=6, soft_cap=1.5),
-    Case("long decodes", (1, 1), (300, 129), pages_per_seq=80),
     Case("page of one token", (1, 9), (20, 12), page=1, pages_per_seq=21),
     Case("page of 16", (1, 40), (100, 90), page=16),
     Case("page of 64", (1, 40, 1), (200, 90, 64), page=64, pages_per_seq=5),
@@ -74,7 +79,7 @@ def make(case: Case, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     (heads, key_heads), seqs = case.heads, len(case.rows) + case.pad_seqs
     used = [-(-n // case.page) for n in case.lens]
-    num_pages = sum(used) + 3
+    num_pages = case.pages or sum(used) + 3
     kv = rng.standard_normal((2, num_pages, 2, key_heads, case.page, case.width)).astype(np.float32)
     free = iter(rng.permutation(num_pages))
     page_table = np.full((seqs, case.pages_per_seq), num_pages + 5, np.int32)
@@ -93,13 +98,13 @@ def attention(arrays: Arrays, scale: float, window: int | None, soft_cap: float 
     out = np.zeros(q.shape)
     for s, length in enumerate(arrays.kv_lens):
         first, end = arrays.cu_q_lens[s : s + 2]
-        cells = [(arrays.page_table[s, c // page], c % page) for c in range(length)]
+        cells = np.arange(length)
+        pages, offsets = arrays.page_table[s, cells // page], cells % page
         for t in range(first, end):
             position = length - end + t
-            columns = [c for c in range(position + 1) if window is None or position - c < window]
+            seen = slice(0 if window is None else max(position - window + 1, 0), position + 1)
             for n in range(q.shape[1]):
-                keys = np.array([kv[cells[c][0], 0, n // group, cells[c][1]] for c in columns])
-                values = np.array([kv[cells[c][0], 1, n // group, cells[c][1]] for c in columns])
+                keys, values = (kv[pages[seen], kind, n // group, offsets[seen]] for kind in (0, 1))
                 scores = keys @ q[t, n] * scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)

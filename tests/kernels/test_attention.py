@@ -1,5 +1,8 @@
 """Every implementation of `paged_attention` against brute force."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +14,25 @@ from pallas_kernels.attention import paged_attention
 SCALE = 0.3
 
 
-def run(case: Case, arrays: Arrays, layer, implementation: str) -> np.ndarray:
-    dtype = jnp.dtype(case.dtype)
-    inputs = [jnp.asarray(x) for x in (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens)]
+@functools.cache
+def program(
+    layer: int | None, window: int | None, soft_cap: float | None, implementation: str
+) -> Callable[..., jax.Array]:
+    """With a layer that is traced, the last argument, or known."""
 
     @jax.jit(compiler_options=QUICK)
-    def call(q, kv, *rest):
-        options = {"scale": SCALE, "window": case.window, "soft_cap": case.soft_cap}
-        return paged_attention(q, kv, layer, *rest, **options, implementation=implementation)
+    def call(q, kv, page_table, cu_q_lens, kv_lens, traced):
+        options = {"scale": SCALE, "window": window, "soft_cap": soft_cap, "implementation": implementation}
+        return paged_attention(q, kv, traced if layer is None else layer, page_table, cu_q_lens, kv_lens, **options)
 
+    return call
+
+
+def run(case: Case, arrays: Arrays, layer, implementation: str) -> np.ndarray:
+    dtype = jnp.dtype(case.dtype)
+    known, traced = (layer, 0) if isinstance(layer, int) else (None, layer)
+    inputs = [jnp.asarray(x) for x in (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens, traced)]
+    call = program(known, case.window, case.soft_cap, implementation)
     out = call(jnp.asarray(arrays.q, dtype), jnp.asarray(arrays.kv, dtype), *inputs)
     assert out.dtype == dtype
     return np.asarray(out, np.float64)

@@ -1,6 +1,8 @@
 """The TPU kernel of `paged_attention`, interpreted on the CPU, against brute force."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +23,18 @@ CONFIG = TpuConfig(
 )
 
 
+@functools.cache
+def program(config: TpuConfig, window: int | None, soft_cap: float | None) -> Callable[..., jax.Array]:
+    interpret = pltpu.InterpretParams(detect_races=config.cores > 1, num_cores_or_threads=config.cores)
+    options = {"scale": SCALE, "window": window, "soft_cap": soft_cap, "config": config, "interpret": interpret}
+    return jax.jit(functools.partial(tpu_attention, **options), compiler_options=QUICK)
+
+
 def run(case: Case, arrays: Arrays, config: TpuConfig) -> np.ndarray:
     dtype = jnp.dtype(case.dtype)
-    options = {"scale": SCALE, "window": case.window, "soft_cap": case.soft_cap}
-    interpret = pltpu.InterpretParams(detect_races=config.cores > 1, num_cores_or_threads=config.cores)
-
-    @jax.jit(compiler_options=QUICK)
-    def call(q, kv, *rest):
-        return tpu_attention(q, kv, arrays.layer, *rest, **options, config=config, interpret=interpret)
-
     inputs = [jnp.asarray(x) for x in (arrays.page_table, arrays.cu_q_lens, arrays.kv_lens)]
-    out = call(jnp.asarray(arrays.q, dtype), jnp.asarray(arrays.kv, dtype), *inputs)
+    q, kv = jnp.asarray(arrays.q, dtype), jnp.asarray(arrays.kv, dtype)
+    out = program(config, case.window, case.soft_cap)(q, kv, jnp.int32(arrays.layer), *inputs)
     assert out.dtype == dtype
     return np.asarray(out, np.float64)
 
@@ -43,16 +46,7 @@ def rounded(case: Case) -> Arrays:
     return dataclasses.replace(arrays, q=q, kv=kv)
 
 
-# What others of the cases show as well; with all of them the interpreter takes more than 20 s.
-MORE = {
-    "decode", "one prefill", "one head", "every head its own key", "window", "window on decodes", "soft cap",
-    "long decodes", "page of 16", "bfloat16 decode", "only padding", "tiles that end past the batch",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in MORE)) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_brute_force(case: Case):
     arrays = rounded(case)
     out = run(case, arrays, CONFIG)
