@@ -26,6 +26,7 @@ from jaxserve.server.service import Service
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 0.5  # seconds between looks at the engine
+ABORT_SECONDS = 0.5  # from the end of the time that requests get until they end without the engine
 CLOSE_SECONDS = 1.0  # for the engine to end by itself
 LAST_WORDS = 1.0  # seconds that waiting clients have to read why the engine died
 
@@ -84,13 +85,18 @@ class Lifecycle:
         self._drain = asyncio.get_running_loop().create_task(self._finish_running())
 
     async def _finish_running(self) -> None:
-        end = asyncio.get_running_loop().time() + self._options.shutdown_timeout
-        while self._engine.num_active and asyncio.get_running_loop().time() < end:
-            await asyncio.sleep(0.05)
+        await self._until_idle(self._options.shutdown_timeout)
         for key in self._engine.active_ids:
             await self._engine.abort(key)
+        await self._until_idle(ABORT_SECONDS)
+        self._service.end()
         await asyncio.sleep(0.1)  # the last outputs are on their way
         self._server.should_exit = True
+
+    async def _until_idle(self, seconds: float) -> None:
+        end = asyncio.get_running_loop().time() + seconds
+        while self._engine.num_active and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.02)
 
     async def _watch(self) -> None:
         """End the server soon after the engine has died, so that whoever starts servers can start another."""

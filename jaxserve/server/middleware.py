@@ -47,9 +47,9 @@ class Authenticate:
         self._app, self._keys, self._admin_keys, self._admin = app, keys, admin_keys, frozenset(admin_routes)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+        if scope["type"] != "http" or route_path(scope) in OPEN or scope["method"] == "OPTIONS":
             return await self._app(scope, receive, send)
-        admin = scope["path"] in self._admin
+        admin = route_path(scope) in self._admin
         if admin and not self._admin_keys:
             return await answer(
                 ApiError(404, "admin routes are off; start the server with --admin-api-key"), scope, send
@@ -137,11 +137,16 @@ class Observe:
         shown = str(status) if status else "disconnected"
         self._count.labels(route, scope["method"], shown).inc()
         self._seconds.labels(route, scope["method"]).observe(seconds)
-        if self._log and scope["path"] not in QUIET:
+        if self._log and route_path(scope) not in QUIET:
             host, port = scope.get("client") or ("-", 0)
             # As it came, so escaped: a line break in it would forge lines of the log.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
             logger.info('%s:%s "%s %s" %s %.3f s', host, port, scope["method"], path, shown, seconds)
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path that routes are compared with: uvicorn puts --root-path before it."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 async def answer(error: ApiError, scope: MutableMapping[str, Any], send: Send) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jaxserve.server.errors import ApiError
-from jaxserve.server.middleware import Message, Receive, Send, answer
+from jaxserve.server.middleware import Message, Receive, Send, answer, route_path
 from jaxserve.server.router_affinity import prompt_blocks
 from jaxserve.server.router_metrics import RouterMetrics
 from jaxserve.server.router_replicas import Fleet, Replica, reason
@@ -179,7 +179,7 @@ async def read_request(scope: Any, receive: Receive) -> Incoming:
 
     The path is written anew from its decoded form, without steps up or down that a server might follow.
     """
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_path(scope)
     if any(part in (".", "..") for part in path.replace("\\", "/").split("/")):
         raise ApiError(404, "the path must not hold . or .. steps")
     query = scope["query_string"].decode("latin-1")

@@ -49,6 +49,8 @@ class Service:
         self.limits = limits
         self.role = response_role
         self.draining = False
+        self._clocks: set[asyncio.Timeout] = set()  # of the answers that are under way
+        self._over = False
         config = engine.config
         self.models = config.served_model_names
         facts = f"{self.models}{config.dtype}{config.max_model_len}{config.vocab_size}"
@@ -138,10 +140,10 @@ class Service:
         """The whole answer of a job that does not stream.
 
         Raises:
-            ApiError: the engine could not finish it, or 504 after the time limit.
+            ApiError: the engine could not finish it, 504 after the time limit, or 503 when the server ends.
         """
         try:
-            async with asyncio.timeout(self.limits.request_timeout), asyncio.TaskGroup() as group:
+            async with self._in_time(), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._last(request, job.only_echo)) for request in job.requests]
         except ExceptionGroup as several:
             raise several.exceptions[0] from None
@@ -229,6 +231,27 @@ class Service:
             await self.engine.abort(key)
         return bool(found)
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """The time that an answer may take."""
+        try:
+            async with asyncio.timeout(self.limits.request_timeout) as clock:
+                self._clocks.add(clock)
+                try:
+                    yield
+                finally:
+                    self._clocks.discard(clock)
+        except TimeoutError:
+            if self._over:
+                raise ApiError(503, "the server has shut down before the answer was complete", retry_after=5) from None
+            raise
+
+    def end(self) -> None:
+        """End all answers now, whatever the engine is doing; their clients are told."""
+        self.draining = self._over = True
+        for clock in self._clocks:
+            clock.reschedule(asyncio.get_running_loop().time())
+
     async def outputs(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(prompt number, delta) of all prompts as they come; closing it aborts what runs."""
         if len(job.requests) > 1:
@@ -237,7 +260,7 @@ class Service:
                     yield item
             return
         async with (
-            asyncio.timeout(self.limits.request_timeout),
+            self._in_time(),
             contextlib.aclosing(self.engine.run(job.requests[0])) as outputs,
         ):
             async for output in outputs:
@@ -257,7 +280,7 @@ class Service:
         tasks = [asyncio.create_task(forward(i, request)) for i, request in enumerate(job.requests)]
         open_ones = len(tasks)
         try:
-            async with asyncio.timeout(self.limits.request_timeout):
+            async with self._in_time():
                 while open_ones:
                     number, item = await merged.get()
                     if isinstance(item, BaseException):
