@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -39,14 +40,27 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Programs are made in half the time and run slower: for modules whose tests are about what happens around them."""
+@contextmanager
+def hardly_optimized() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs are made in half the time and run slower: for modules whose tests are about what happens around them."""
+    with hardly_optimized():
+        yield
+
+
+@pytest.fixture
+def quick_programs() -> Iterator[None]:
+    """The same for one test: of the interpreters, whose many small programs run once."""
+    with hardly_optimized():
+        yield
 
 
 @pytest.fixture(scope="module")

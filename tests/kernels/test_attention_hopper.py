@@ -57,6 +57,7 @@ def relative(case: Case, arrays: Arrays, got: jax.Array) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_interpreted(case: Case):
     """On CPU with race detection; without the merge of partial results, which needs semaphores."""

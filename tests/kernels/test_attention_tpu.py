@@ -46,6 +46,7 @@ def rounded(case: Case) -> Arrays:
     return dataclasses.replace(arrays, q=q, kv=kv)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_brute_force(case: Case):
     arrays = rounded(case)
@@ -55,6 +56,7 @@ def test_matches_brute_force(case: Case):
     assert not out[arrays.cu_q_lens[-1] :].any()
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_two_cores_with_heads_side_by_side(capsys: pytest.CaptureFixture[str]):
     """As on chips whose two cores are one device; the copies of a core never meet."""
     case = next(case for case in CASES if case.name == "mixed")

@@ -99,6 +99,7 @@ def test_plain_form_matches_brute_force(shape: Shape, dtype: str):
         assert relative(mine, expected) < (1e-6 if dtype == "float32" else 4e-3)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("shape", [Shape(4, 2, 2, 64, 32, norm=True), Shape(2, 2, 3, 64, 24)], ids=str)
 def test_kernel_in_the_interpreter_equals_the_plain_form(shape: Shape):
     args, options = make(shape, "bfloat16")

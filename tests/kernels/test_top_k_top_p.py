@@ -61,6 +61,7 @@ def test_matches_sorting(spread: float, small: bool):
     check(logits, top_k, top_p, min_p)
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_kernels_in_the_interpreter():
     """Lanes this short make some rows take the lists, some the whole row."""
     logits = np.random.default_rng(0).standard_normal((6, 400)) * 3
@@ -110,11 +111,13 @@ def assorted(rows: int, size: int) -> tuple[np.ndarray, ...]:
     return logits, top_k, top_p, rng.choice([0.0, 0.0, 0.0313, 0.21, 1.0], rows)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize(("rows", "size"), [(1, 128), (3, 4099), (17, 1000)])
 def test_tpu_kernel_in_the_interpreter(rows: int, size: int):
     check(*assorted(rows, size), ON_TPU)
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_tpu_kernel_leaves_out_blocks_without_filters():
     """The first block and the last are not read; NaN, which a search would not end well with, shows it."""
     logits = np.random.default_rng(0).standard_normal((32, 40)).astype(np.float32)
