@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxserve.kv_cache import Chunks, KVCache
+from jaxserve.sums import PLAIN, Sums
 from jaxserve.types import Sequence, Work
 
 
@@ -87,6 +88,7 @@ class State:
     cache: KVCache
     tokens: Int[Array, "pages p"]
     last_token: Int[Array, "slots"]
+    sums: Sums = PLAIN
 
 
 @no_type_check

@@ -71,9 +71,12 @@ def best_token(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
     ids = lax.platform_dependent(logits, cpu=twice, default=once)
     if shards() == 1:
         return ids
-    values = gathered(jnp.take_along_axis(logits, ids[:, None], axis=1))
+    best = jnp.take_along_axis(logits, ids[:, None], axis=1)
+    bits = lax.bitcast_convert_type(best, jnp.int32)  # so that values and tokens travel together
+    pairs = gathered(jnp.concatenate([bits, (ids + first_token(logits))[:, None]], axis=1)).reshape(len(ids), -1, 2)
+    values = lax.bitcast_convert_type(pairs[:, :, 0], jnp.float32)
     winner = jnp.argmax(values, axis=1)[:, None]  # of equals the first: shards are in the order of the vocabulary
-    return jnp.take_along_axis(gathered((ids + first_token(logits))[:, None]), winner, axis=1)[:, 0]
+    return jnp.take_along_axis(pairs[:, :, 1], winner, axis=1)[:, 0]
 
 
 def first_token(logits: Float[Array, "S V"]) -> int | Int[Array, ""]:

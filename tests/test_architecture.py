@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("jaxserve.config",),
     ("jaxserve.quant",),
     ("jaxserve.kv_cache",),
+    ("jaxserve.sums",),
     ("jaxserve.batch",),
     ("jaxserve.layers",),
     ("jaxserve.models",),

@@ -16,7 +16,7 @@ from jaxserve.engine.programs import Buckets, StepCompiler
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, state_shapes
 from jaxserve.weights import ModelPlan
-from pallas_kernels import attention, kv_write, rope_kv_write, top_k_top_p
+from pallas_kernels import all_reduce, attention, kv_write, rope_kv_write, top_k_top_p
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
 # most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
@@ -32,9 +32,11 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
     }
 )
 
-OPS = MappingProxyType({op.name: op for op in (attention.OP, rope_kv_write.OP, kv_write.OP, top_k_top_p.OP)})
+OPS = MappingProxyType(
+    {op.name: op for op in (attention.OP, rope_kv_write.OP, kv_write.OP, top_k_top_p.OP, all_reduce.OP)}
+)
 TPU_ROWS = 8  # that a TPU works on at a time
-SLOW_BYTES = 6 << 30  # of weights; reading them takes an accelerator longer than the host needs to launch a step
+SLOW_BYTES = 6 << 30  # of weights; reading them takes longer than the host needs to launch a step on one accelerator
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Blueprint:
         config: of the engine, with the context that the memory plan allows.
         plan: of the memory of each device.
         device: one of the devices, or what stands for them.
+        mailboxes: whether devices that share a copy of the model have given one another memory for their sums.
     """
 
     model: ModelPlan
     config: EngineConfig
     plan: MemoryPlan
     device: Any
+    mailboxes: bool = False
 
     @cached_property
     def limits(self) -> Limits:
@@ -68,13 +72,14 @@ class Blueprint:
     @cached_property
     def state(self) -> State:
         """What lives on the devices between steps, as shapes."""
-        return state_shapes(self.model.model_config, self.limits, cache_dtype(self.model), self.model.mesh)
+        model, dtype = self.model, cache_dtype(self.model)
+        return state_shapes(model.model_config, self.limits, dtype, model.mesh, mailboxes=self.mailboxes)
 
     @cached_property
     def recipe(self) -> Recipe:
         """All that decides what its programs are."""
         recipe = Recipe.of(self.model, self.limits, ScoreMode.parse(self.config.logprobs_mode), self.device)
-        return replace(recipe, kernels=tuple(self.config.kernels.items()))
+        return replace(recipe, kernels=tuple(self.config.kernels.items()), mailboxes=self.mailboxes)
 
     def compiler(self, trace: Callable[[Bucket], bytes], store: ProgramStore | None) -> StepCompiler:
         """Makes its programs from what `trace` exports; keeps exported ones in `store` if they have names."""
@@ -134,5 +139,5 @@ def settled(config: EngineConfig, args: EngineArgs, model: ModelPlan) -> EngineC
         require(op in OPS, "kernels", op, f"name ops among {', '.join(OPS)}")
         choices = ", ".join(OPS[op].table)
         require(name in OPS[op].table, f"kernels[{op!r}]", name, f"be one of {choices}")
-    slow = args.decode_steps is None and model.device_bytes > SLOW_BYTES
+    slow = args.decode_steps is None and model.device_bytes > SLOW_BYTES * model.mesh.size
     return replace(config, decode_steps=1) if slow else config

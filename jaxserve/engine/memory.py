@@ -139,8 +139,8 @@ def _cpu_pages(page: int, needed: int, most: int) -> int:
     return min(max(CPU_CACHE_BYTES // page, min(needed, free // 2 // page)), most)
 
 
-def memory_limit(devices: Sequence[Any], utilization: float) -> int | None:
-    """Bytes that each accelerator has left for the engine; None on CPU. Ask before a model takes any.
+def memory_limit(devices: Sequence[Any], utilization: float, reserved: int = 0) -> int | None:
+    """Bytes that each accelerator has left for the engine, less `reserved`; None on CPU. Ask before a model takes any.
 
     The allocator of a GPU was given its share when jax started; a TPU's has all of the memory. TPUs that are only
     compiled for have no allocator: there it is what the compiler allows.
@@ -149,7 +149,7 @@ def memory_limit(devices: Sequence[Any], utilization: float) -> int | None:
         return None
     stats = [_allocator(device) for device in devices]
     share = utilization if devices[0].platform == "tpu" else 1.0
-    return min(int(one["bytes_limit"] * share) - one["bytes_in_use"] for one in stats) - HOLE_BYTES
+    return min(int(one["bytes_limit"] * share) - one["bytes_in_use"] for one in stats) - HOLE_BYTES - reserved
 
 
 def total_memory(device: Any, utilization: float) -> int | None:

@@ -19,6 +19,7 @@ from jaxserve.engine.balancer import Plan
 from jaxserve.engine.blueprint import Blueprint, buckets_of, draft
 from jaxserve.engine.edits import step_edits
 from jaxserve.engine.helpers import Tracers
+from jaxserve.engine.mailboxes import open_mailboxes, reserved_bytes
 from jaxserve.engine.memory import HOLE_BYTES, memory_limit
 from jaxserve.engine.mirror import Mirror
 from jaxserve.engine.programs import Buckets, Programs, StepCompiler
@@ -74,7 +75,8 @@ class Runner:
         self._devices = [device for device in model.devices if device.process_index == jax.process_index()]
         self._platform = self._devices[0].platform
         self._threads = threads
-        self._memory_limit = memory_limit(self._devices, utilization)
+        self._mailbox_bytes = reserved_bytes(self._concrete_mesh)
+        self._memory_limit = memory_limit(self._devices, utilization, self._mailbox_bytes)
         self.buckets = buckets_of(config)
         self._tables = [SlotTable(config.max_num_seqs) for _ in range(config.parallel.data_parallel_size)]
         self._leaves: tuple[jax.Array, ...] = ()
@@ -85,7 +87,7 @@ class Runner:
         plan = draft(self._model, self.config, self._memory_limit, working)
         self.plan = replace(plan, num_pages=self._mirror.least(plan.num_pages))
         self.config = self.config.fitted(self._mirror.least(self.plan.max_model_len))
-        blueprint = Blueprint(self._model, self.config, self.plan, self._devices[0])
+        blueprint = Blueprint(self._model, self.config, self.plan, self._devices[0], bool(self._mailbox_bytes))
         self._limits, self._abstract_state = blueprint.limits, blueprint.state
         warmup = self.config.warmup
         self._tracers, compiler = self._compiler(blueprint)
@@ -132,7 +134,10 @@ class Runner:
         # would land in the middle of the memory that the next step's temporaries need in one piece.
         devices = [] if self._memory_limit is None else self._devices
         hole = jax.block_until_ready([jnp.zeros(HOLE_BYTES, jnp.int8, device=device) for device in devices])
-        self._state = _zeros(self._abstract_state)
+        self._state, self._mailboxes = _zeros(self._abstract_state), None
+        if self._mailbox_bytes:
+            tables, self._mailboxes = open_mailboxes(self._concrete_mesh)
+            self._state = replace(self._state, sums=replace(self._state.sums, mailboxes=tables))
         self._leaves = leaves
         del hole
 
@@ -184,7 +189,7 @@ class Runner:
         if self._leaves:
             with contextlib.suppress(Exception):  # a step in flight: a process that ends beside it would be aborted
                 jax.block_until_ready(self._state)
-            for array in jax.tree.leaves(self._state):
+            for array in jax.tree.leaves((self._state, self._mailboxes)):
                 array.delete()
 
 

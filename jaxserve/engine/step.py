@@ -56,7 +56,7 @@ def _single(model: CausalLM, state: State, batch: Batch, limits: Limits, mode: S
     carried = state.last_token.at[batch.slots[batch.row_ids]].get(mode="clip")
     ids = jnp.where(batch.token_ids >= 0, batch.token_ids, carried)
     tokens = state.tokens.at[chunks.pages, chunks.offsets].set(ids, mode="drop")
-    hidden, cache = model(ids, chunks, state.cache)
+    hidden, cache = model(ids, chunks, state.cache, state.sums)
     last_row = jnp.maximum(chunks.cu_q_lens[1:] - 1, 0)
     logits = model.logits(hidden[last_row])
     if batch.sampling is None:
@@ -74,7 +74,7 @@ def _single(model: CausalLM, state: State, batch: Batch, limits: Limits, mode: S
     if batch.targets is not None:
         results += _prompt_scores(model, hidden, batch.targets, limits, mode)
     last_token = state.last_token.at[batch.slots].set(sampled, mode="drop")
-    return State(cache, tokens, last_token), results
+    return State(cache, tokens, last_token, state.sums.after(model.num_sums)), results
 
 
 def _bits(x: Array) -> Int[Array, "n"]:

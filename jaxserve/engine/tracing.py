@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flax
 import jax
@@ -30,9 +30,11 @@ from jaxserve.batch import Bucket, Level, Limits, State, packed_size
 from jaxserve.engine.step import ScoreMode, step
 from jaxserve.kv_cache import KVCache
 from jaxserve.models import ModelConfig
+from jaxserve.sums import PLAIN, Sums
 from jaxserve.weights import ModelPlan, plan_model
+from pallas_kernels.all_reduce.mailbox import TABLE_WORDS
 from pallas_kernels.dispatch import announce, preferring, recorded
-from sharding.mesh import abstract_mesh, platform_of
+from sharding.mesh import AXES, abstract_mesh, platform_of
 
 PACKAGES = ("jaxserve", "pallas_kernels", "sharding")
 KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are removed
@@ -53,6 +55,7 @@ class Recipe:
         device: kind, number of cores and platform of the devices that the steps are for.
         mesh: sizes of the axes "data" and "model".
         kernels: pairs of an op and its implementation, where that was chosen.
+        mailboxes: whether the devices that share a copy of the model have given one another memory for their sums.
     """
 
     hf_config: Mapping[str, Any]
@@ -63,6 +66,7 @@ class Recipe:
     device: tuple[str, int | None, str]
     mesh: tuple[int, int] = (1, 1)
     kernels: tuple[tuple[str, str], ...] = ()
+    mailboxes: bool = False
 
     @classmethod
     def of(cls, model: ModelPlan, limits: Limits, mode: ScoreMode, device: Any) -> "Recipe":
@@ -144,11 +148,13 @@ def code_digest() -> str:
     return found.hexdigest()
 
 
-STATE_SPECS = P(None, "data", None, "model"), P("data"), P("data")  # of the leaves of a `State`
+def state_shapes(
+    model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh, *, mailboxes: bool = False
+) -> State:
+    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other.
 
-
-def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh | AbstractMesh) -> State:
-    """What lives on the devices between steps, as shapes: the pools of all shards of "data" one after the other."""
+    With `mailboxes` the tables of all devices follow, and the number of sums.
+    """
     pools = mesh.shape["data"]
     cache_shape = KVCache.shape(
         model.num_layers,
@@ -158,14 +164,17 @@ def state_shapes(model: ModelConfig, limits: Limits, dtype: np.dtype, mesh: Mesh
         model.head_dim,
         platform=platform_of(mesh),
     )
-    ids = np.dtype(np.int32)
-    history, slots = (limits.num_pages * pools, limits.page_size), (limits.max_num_seqs * pools,)
-    arrays = (cache_shape, dtype), (history, ids), (slots, ids)
-    cache, tokens, last_token = (
-        cast(Any, jax.ShapeDtypeStruct(*array, sharding=NamedSharding(mesh, spec)))
-        for array, spec in zip(arrays, STATE_SPECS, strict=True)
+
+    def array(shape: tuple[int, ...], spec: P, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    tables = (mesh.size * TABLE_WORDS,)
+    return State(
+        KVCache(array(cache_shape, P(None, "data", None, "model"), dtype)),
+        tokens=array((limits.num_pages * pools, limits.page_size), P("data")),
+        last_token=array((limits.max_num_seqs * pools,), P("data")),
+        sums=Sums(array(tables, P(AXES)), array((1,), P())) if mailboxes else PLAIN,
     )
-    return State(KVCache(cache), tokens, last_token)
 
 
 class Tracer:
@@ -184,9 +193,9 @@ class Tracer:
         Kernels learn of the device from the abstract mesh, so that any process makes the same program.
         """
         recipe, model, mesh = self._recipe, self._model, self._recipe.abstract_mesh
-        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh)
+        state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh, mailboxes=recipe.mailboxes)
         shapes, tree = jax.tree.flatten(state)
-        kept_specs = list(STATE_SPECS)
+        kept_specs = [shape.sharding.spec for shape in shapes]
 
         def program(leaves: tuple[Array, ...], kept: list[Array], buffer: Array) -> tuple[list[Array], Array]:
             old = jax.tree.unflatten(tree, kept)

@@ -5,11 +5,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.linear import contract, normal
-from sharding.collectives import shard, shards, total
+from sharding.collectives import shard, shards
 
 
 class Embedding(nnx.Module):
-    """A table `[V, D]`; where the vocabulary is split, logits are those of this device's part."""
+    """A table `[V, D]`. Where the vocabulary is split, a device has the rows and logits of its part, else zeros."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(rngs, (vocab_size, hidden_size), hidden_size**-0.5, dtype), axes=("V", "D"))
@@ -21,7 +21,7 @@ class Embedding(nnx.Module):
             return jnp.take(table, token_ids, axis=0, mode="clip")
         local = token_ids - shard() * len(table)
         mine = (local >= 0) & (local < len(table))
-        return total(jnp.where(mine[:, None], jnp.take(table, local, axis=0, mode="clip"), 0))
+        return jnp.where(mine[:, None], jnp.take(table, local, axis=0, mode="clip"), 0)
 
     def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Products with every row of the table, in float32."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sharding.collectives import total
+from sharding.collectives import shard, shards
 from sharding.rules import is_split
 
 Axes = tuple[tuple[str | None, int], ...]  # (logical axis name or None where it is never sharded, size)
@@ -72,7 +72,7 @@ class Linear(nnx.Module):
     The kernel is `[*outputs, *inputs]`, as checkpoints store it, so that each output's weights are contiguous: XLA on
     CPU packs and streams this order up to twice as fast as the other, and GPUs do not mind. Where an axis is to be
     sharded it comes first among its group, so that merging the group keeps the shards whole. Where an input axis is
-    split, each device has a part of every sum: the parts are added up before the bias.
+    split, the result is this device's part of every sum, the bias being part of the first: `Sums.total` adds them up.
 
     Random weights keep the variance of their input, so that models with made-up weights stay finite.
     """
@@ -88,5 +88,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "T *inputs"], out_dtype: jnp.dtype | None = None) -> Float[Array, "T *outputs"]:
         y = contract(x, self.kernel[...], out_dtype)
-        y = total(y) if self.partial else y
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(y.dtype)
+        return y + (jnp.where(shard() == 0, bias, 0) if self.partial and shards() > 1 else bias)

@@ -55,6 +55,7 @@ def test_whatever_changes_a_program_changes_its_name(tiny_model: Path):
         replace(first, dtype="bfloat16"),
         replace(first, max_model_len=64),
         replace(first, mesh=(1, 2)),
+        replace(first, mesh=(1, 2), mailboxes=True),
         replace(first, limits=replace(first.limits, num_pages=17)),
         replace(first, mode=ScoreMode.parse("processed_logprobs")),
     ]
@@ -123,6 +124,21 @@ def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
         for mesh in ((1, 1), (2, 2)):
             notes = json.loads(Tracer(replace(plan, mesh=mesh))(bucket).partition(b"\n")[0])
             assert {"paged_attention: mosaic_gpu", "rope_kv_write: mosaic_gpu"} <= set(notes)
+
+
+@pytest.mark.parametrize(("mailboxes", "chosen"), [(True, "all_reduce: mosaic_gpu"), (False, "all_reduce: xla (mosaic")])
+def test_gpus_with_mailboxes_add_up_in_a_kernel(tiny_model: Path, mailboxes: bool, chosen: str):
+    plan = replace(recipe(tiny_model, H100, hidden_size=256, head_dim=64), mesh=(1, 2), mailboxes=mailboxes)
+    notes, _, program = Tracer(plan)(Bucket(4, 4)).partition(b"\n")
+    found = [note for note in json.loads(notes) if note.startswith("all_reduce")]
+    assert found
+    assert all(note.startswith(chosen) for note in found)
+    exported = jax.export.deserialize(bytearray(program))
+    assert exported.mlir_module().count("one_shot_all_reduce_mosaic_gpu") > 0 or not mailboxes
+    mesh = plan.abstract_mesh
+    model = plan.plan().model_config
+    shapes = jax.tree.leaves(state_shapes(model, plan.limits, np.dtype("bfloat16"), mesh, mailboxes=mailboxes))
+    assert len(exported.out_avals) == len(shapes) + 1
 
 
 def test_an_older_gpu_gets_plain_programs(tiny_model: Path):

@@ -180,10 +180,10 @@ def test_a_decode_sums_once_a_block_and_gathers_no_logits(four: LLM, level: Leve
     found = collectives(compiled.as_text())
     assert set(found) <= {"all-reduce", "all-gather"}
     hidden = [scope for size, scope in found["all-reduce"] if size >= SEQS * BASE["hidden_size"]]
-    blocks = [f"layer_{layer}/jit(run_block)/{block}/" for layer in range(LAYERS) for block in ("attention", "mlp")]
-    for place in ("embedding/", *blocks):
-        assert sum(place in scope for scope in hidden) == 1, place
-    assert len(hidden) == 1 + len(blocks)
+    places = {"embedding/all_reduce": 1} | {f"layer_{layer}/jit(run_block)/all_reduce": 2 for layer in range(LAYERS)}
+    for place, count in places.items():
+        assert sum(place in scope for scope in hidden) == count, place
+    assert len(hidden) == sum(places.values())
     rounds = 16 * SEQS  # sums above a few thresholds of each row
     assert all(size == SEQS * BASE["hidden_size"] or size <= rounds for size, _ in found["all-reduce"])
     assert rounds < SEQS * BASE["hidden_size"]
