@@ -18,7 +18,10 @@ os.environ.setdefault(
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Begun first, so that the workers of a parallel run end together.
-LONGEST = ("smollm2", "engine", "attention_hopper", "tensor_parallel", "openai_client", "lifecycle", "router")
+LONGEST = (
+    "smollm2", "tpu_programs", "ray_cluster", "attention_hopper", "attention_tpu", "data_parallel", "engine",
+    "tensor_parallel", "processes", "openai_client", "lifecycle", "router", "top_k_top_p",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
