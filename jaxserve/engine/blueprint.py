@@ -16,7 +16,7 @@ from jaxserve.engine.programs import Buckets, StepCompiler
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, state_shapes
 from jaxserve.weights import ModelPlan
-from pallas_kernels import all_reduce, attention, kv_write, rope_kv_write, top_k_top_p
+from pallas_kernels import all_reduce, attention, gated_mlp, kv_write, matmul, rope_kv_write, top_k_top_p
 
 # Of XLA, by platform. Rematerialization counts the donated cache twice, finds the program far over its limit and spends
 # most of the compilation on shrinking what needs no shrinking. Tuning Triton's matrix products takes 15 of the 18
@@ -33,7 +33,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str | bool]] = MappingProxyType(
 )
 
 OPS = MappingProxyType(
-    {op.name: op for op in (attention.OP, rope_kv_write.OP, kv_write.OP, top_k_top_p.OP, all_reduce.OP)}
+    {kind.OP.name: kind.OP for kind in (attention, rope_kv_write, kv_write, matmul, gated_mlp, top_k_top_p, all_reduce)}
 )
 TPU_ROWS = 8  # that a TPU works on at a time
 SLOW_BYTES = 6 << 30  # of weights; reading them takes longer than the host needs to launch a step on one accelerator

@@ -2,13 +2,13 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.matmul import matmul, reference
 from sharding.collectives import shard, shards
 from sharding.rules import is_split
 
@@ -28,37 +28,30 @@ def contract(
     outputs = kernel.shape[: kernel.ndim - x.ndim + 1]
     # A product over several axes makes XLA transpose the whole weight in every step; merging axes costs nothing.
     rows, weights = x.reshape(x.shape[0], -1), kernel.reshape(math.prod(outputs), -1)
-    options = {
-        "precision": jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        "preferred_element_type": out_dtype or x.dtype,
-    }
-    plain = partial(_rows_first, **options)
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    plain = partial(reference.matmul, out_dtype=dtype)
     if len(rows) == 1:
-        flat = jax.lax.platform_dependent(rows, weights, cuda=partial(_lone_row, **options), default=plain)
+        flat = jax.lax.platform_dependent(rows, weights, cuda=partial(_lone_row, out_dtype=dtype), default=plain)
     elif len(rows) <= FEW_ROWS and x.dtype == kernel.dtype == jnp.float32:
-        flat = jax.lax.platform_dependent(rows, weights, cpu=partial(_weights_first, **options), default=plain)
+        flat = jax.lax.platform_dependent(rows, weights, cpu=partial(_weights_first, out_dtype=dtype), default=plain)
     else:
-        flat = plain(rows, weights)
+        flat = matmul(rows, weights, dtype)
     return flat.reshape(x.shape[0], *outputs)
 
 
-def _rows_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "T o"]:
-    return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), **options)
-
-
-def _weights_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "T o"]:
+def _weights_first(x: Float[Array, "T i"], weights: Float[Array, "o i"], out_dtype: jnp.dtype) -> Float[Array, "T o"]:
     """The same product turned round: XLA's CPU library repacks its right operand in every call, so let that be `x`."""
-    product = jax.lax.dot_general(weights, x, (((1,), (1,)), ((), ())), **options)
+    product = reference.matmul(weights, x, out_dtype)
     return jax.lax.optimization_barrier(product).T  # without the barrier XLA turns it back
 
 
-def _lone_row(x: Float[Array, "1 i"], weights: Float[Array, "o i"], **options: Any) -> Float[Array, "1 o"]:
+def _lone_row(x: Float[Array, "1 i"], weights: Float[Array, "o i"], out_dtype: jnp.dtype) -> Float[Array, "1 o"]:
     """The same product as a sum, which XLA fuses into one kernel at the speed of the GPU's memory.
 
     For a lone row cuBLAS is slower, and where it cannot give the result's type XLA converts the weights in every step.
     """
     product = x.astype(jnp.float32) * weights.astype(jnp.float32)
-    return jnp.sum(product, axis=1)[None].astype(options["preferred_element_type"])
+    return jnp.sum(product, axis=1)[None].astype(out_dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxserve.layers.linear import Linear
+from jaxserve.layers.linear import Linear, contract
+from pallas_kernels.gated_mlp import gated_mlp
+from pallas_kernels.gated_mlp.reference import gated
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
@@ -33,7 +35,8 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        activation = ACTIVATIONS[self.activation]
         with jax.named_scope("mlp"):
-            gate_up = self.gate_up(x).astype(jnp.float32)
-            inner = ACTIVATIONS[self.activation](gate_up[:, :, 0]) * gate_up[:, :, 1]
-            return self.down(inner.astype(x.dtype))
+            if self.gate_up.bias is None and self.down.bias is None:
+                return gated_mlp(x, self.gate_up.kernel[...], self.down.kernel[...], activation, contract)
+            return self.down(gated(self.gate_up(x), activation))

@@ -1,0 +1,79 @@
+"""The gated feed-forward layer of few tokens in one Hopper kernel in Pallas Mosaic GPU: bound by reading the weights.
+
+Between two kernels the memory idles for some microseconds. Here, while all CTAs finish the activations and wait for
+each other at a counter in global memory, the first weights of the second product arrive in shared memory already.
+
+Clusters of two CTAs, one per SM and all resident at once, each own 64 outputs of the second product, of whose sums
+either computes one half; they exchange halves through shared memory and add them up in a fixed order. The inner
+features are dealt out in tiles of 32, whose weights for gate and up are the 64 rows of a wgmma.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes, kernel, scratch
+from pallas_kernels.matmul.hopper import TILE
+from pallas_kernels.platform import require_hopper
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+FEWEST_CTAS = 60  # that read as fast as the memory can be read
+MAX_TOKENS = 64  # with more, XLA is as fast
+
+
+def gated_mlp(
+    x: Float[Array, "T D"],
+    gate_up: Float[Array, "F 2 D"],
+    down: Float[Array, "E F"],
+    activation: Callable[[Array], Array],
+    product: Callable[[Array, Array], Array],
+) -> Float[Array, "T E"]:
+    """See `pallas_kernels.gated_mlp.gated_mlp`."""
+    del product
+    check(x, gate_up, down, activation, require_hopper())
+    return call(x, gate_up, down)
+
+
+def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array], Array], multiprocessors: int) -> None:
+    """Raise `NotImplementedError`, naming the values, for what the kernel does not serve, or not faster than XLA."""
+    (tokens, width), (outputs, inner) = x.shape, down.shape
+    dtypes = {str(array.dtype) for array in (x, gate_up, down)}
+    if dtypes not in ({"bfloat16"}, {"float16"}):
+        raise NotImplementedError(f"dtypes are {sorted(dtypes)}, not one 16-bit float")
+    if activation is not jax.nn.silu:
+        raise NotImplementedError(f"{activation=}, not jax.nn.silu")
+    if not 2 <= tokens <= MAX_TOKENS:
+        raise NotImplementedError(f"{tokens} tokens are not 2 to {MAX_TOKENS}")
+    if width % 64 or outputs % TILE or inner % 128:
+        raise NotImplementedError(f"{width} -> {inner} -> {outputs} features are not multiples of 64, 128 and 64")
+    ctas = outputs // TILE * 2
+    if not FEWEST_CTAS <= ctas <= multiprocessors:
+        raise NotImplementedError(f"{outputs} outputs for {ctas} CTAs, not {FEWEST_CTAS} to {multiprocessors}")
+    Sizes.fit(tokens, width, inner, outputs, x.dtype)
+
+
+@jax.jit
+def call(x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], down: Float[Array, "E F"]) -> Float[Array, "T E"]:
+    """The kernel without its checks."""
+    (tokens, width), (outputs, inner) = x.shape, down.shape
+    sizes = Sizes.fit(tokens, width, inner, outputs, x.dtype)
+
+    def gated_mlp_stream(*refs: object) -> None:  # names the kernel in profiles
+        kernel(sizes, *refs)
+
+    shapes = (jax.ShapeDtypeStruct((tokens, features), x.dtype) for features in (inner, outputs))
+    return plgpu.kernel(
+        gated_mlp_stream,
+        out_type=tuple(shapes),
+        grid=(sizes.clusters,),
+        grid_names=("cluster",),
+        cluster=(2,),
+        cluster_names=("half",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=scratch(sizes),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(x, gate_up, down)[1]

@@ -1,0 +1,124 @@
+"""Products of few rows with a weight matrix for Hopper in Pallas Mosaic GPU: bound by reading the weights.
+
+Persistent CTAs own tiles of 64 outputs. One warpgroup keeps TMA copies of weights coming, through all tiles of its CTA
+without a pause, and another multiplies them. Tokens ride along with the weights, from the L2 cache, once for every
+tile: that bounds their number. No sum is split over CTAs: 64 of them read as fast as 132 do, as long as each has its
+shared memory full of copies in flight, and splits cost more than they gave.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, DTypeLike, Float
+
+from pallas_kernels.matmul.hopper import (
+    TILE,
+    Ring,
+    fit_stages,
+    ring_scratch,
+    stage_features,
+    swizzled,
+    turned,
+    whole_groups,
+)
+from pallas_kernels.platform import require_hopper
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+FEWEST_TILES = 60  # that read as fast as the memory can be read
+FEW_TOKENS, MANY_TOKENS = 32, 128  # with more than the first, XLA is faster unless every SM has two tiles
+LONG_STAGE_TOKENS = 64  # up to so many, stages of 256 features are deep enough a ring
+
+
+def matmul(x: Float[Array, "T I"], weights: Float[Array, "O I"], out_dtype: DTypeLike) -> Float[Array, "T O"]:
+    """See `pallas_kernels.matmul.matmul`."""
+    ctas = require_hopper()
+    check(x, weights, out_dtype, ctas)
+    return call(x, weights, jnp.dtype(out_dtype), ctas)
+
+
+def check(x: Shaped, weights: Shaped, out_dtype: DTypeLike, ctas: int) -> None:
+    """Raise `NotImplementedError`, naming the values, for what the kernel does not serve, or not faster than XLA."""
+    tokens, (outputs, inputs) = len(x), weights.shape
+    if x.dtype != weights.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"dtypes of x and weights are {x.dtype} and {weights.dtype}, not one 16-bit float")
+    if out_dtype not in (x.dtype, jnp.float32):
+        raise NotImplementedError(f"{out_dtype=} is neither that of x nor float32")
+    if outputs % TILE or inputs % 64:
+        raise NotImplementedError(f"{outputs} x {inputs} weights are not multiples of 64")
+    if not 2 <= tokens <= MANY_TOKENS:
+        raise NotImplementedError(f"{tokens} tokens are not 2 to {MANY_TOKENS}")
+    fewest = FEWEST_TILES if tokens <= FEW_TOKENS else 2 * ctas
+    if outputs // TILE < fewest:
+        raise NotImplementedError(f"{outputs // TILE} tiles of {TILE} outputs for {tokens} tokens, not {fewest}")
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "ctas", "interpret"))
+def call(
+    x: Float[Array, "T I"],
+    weights: Float[Array, "O I"],
+    out_dtype: jnp.dtype,
+    ctas: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "T O"]:
+    """The kernel without its checks, on at most `ctas` CTAs."""
+    (tokens, inputs), outputs = x.shape, len(weights)
+    rows, tiles = whole_groups(tokens), outputs // TILE
+    ctas = min(ctas, tiles)
+    step = stage_features(inputs, 256 if rows <= LONG_STAGE_TOKENS else 128)
+    steps = inputs // step
+
+    def load(x_ref: Any, weights_ref: Any, ring: Ring, cta: Any, total: Any) -> None:
+        """The TMA warpgroup."""
+
+        def one(i: Any, place: tuple[Any, Any]) -> tuple[Any, Any]:
+            tile, k = place
+            stage, features = ring.wait_free(i), pl.ds(k * step, step)
+            wanted = weights_ref.at[pl.ds(tile * TILE, TILE), features]
+            plgpu.copy_gmem_to_smem(wanted, ring.weights.at[stage], ring.full.at[stage])
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(0, rows), features], ring.tokens.at[stage], ring.full.at[stage])
+            last = k + 1 == steps
+            return jnp.where(last, tile + ctas, tile), jnp.where(last, 0, k + 1)
+
+        lax.fori_loop(0, total, one, (cta, jnp.int32(0)))
+        ring.drain(total)
+
+    def compute(out_ref: Any, ring: Ring, out_s: Any, cta: Any, mine: Any) -> None:
+        """The other warpgroup."""
+
+        @pl.loop(0, mine)
+        def _(r: Any):
+            acc = ring.multiply(r * steps, steps)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
+            out_s.T[...] = turned(acc.astype(out_dtype))
+            plgpu.commit_smem()
+            columns = pl.ds((cta + r * ctas) * TILE, TILE)
+            plgpu.copy_smem_to_gmem(out_s, out_ref.at[pl.ds(0, rows), columns])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def matmul_stream(x_ref: Any, weights_ref: Any, out_ref: Any, out_s: Any, *ring_refs: Any) -> None:
+        ring, cta, wg = Ring(*ring_refs), lax.axis_index("cta"), lax.axis_index("wg")
+        mine = lax.div(tiles - cta + ctas - 1, ctas)
+        pl.when(wg == 1)(lambda: load(x_ref, weights_ref, ring, cta, mine * steps))
+        pl.when(wg == 0)(lambda: compute(out_ref, ring, out_s, cta, mine))
+
+    return plgpu.kernel(
+        matmul_stream,
+        out_type=jax.ShapeDtypeStruct((tokens, outputs), out_dtype),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((rows, TILE), out_dtype, transforms=swizzled(out_dtype)),
+            *ring_scratch(rows, step, fit_stages(rows, step, rows * TILE * out_dtype.itemsize), 2, x.dtype),
+        ],
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(),
+    )(x, weights)

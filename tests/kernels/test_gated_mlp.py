@@ -1,0 +1,104 @@
+"""The gated feed-forward layer against numpy. The kernel cannot be interpreted: it has clusters and a counter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gated_mlp import OP, gated_mlp, mosaic_gpu
+
+H100_SMS = 132
+SHAPES = (  # width, inner features, outputs
+    (4096, 12288, 4096),  # Qwen 3 8B
+    (4096, 6144, 4096),  # on two devices
+    (2048, 6144, 2048),
+    (2560, 9728, 2560),
+    (4096, 14336, 4096),  # Llama 3 8B
+)
+
+
+def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.tensordot(x, weights, ((1,), (weights.ndim - 1,)))
+
+
+def shapes(tokens: int, width: int, inner: int, outputs: int, dtype: str = "bfloat16") -> list[jax.ShapeDtypeStruct]:
+    sizes = ((tokens, width), (inner, 2, width), (outputs, inner))
+    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+
+def make(*sizes: int, dtype: str = "bfloat16") -> list[jax.Array]:
+    """Random arguments, of which tokens and weights give numbers of about 1."""
+    keys = jax.random.split(jax.random.key(sum(sizes)), 3)
+    arrays = shapes(*sizes, dtype=dtype)
+    scales = (1.0, sizes[1] ** -0.5, sizes[2] ** -0.5)
+    return [
+        jax.random.normal(key, array.shape, dtype) * jnp.asarray(scale, dtype)
+        for key, array, scale in zip(keys, arrays, scales, strict=True)
+    ]
+
+
+def relative(got: jax.Array, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> float:
+    x, gate_up, down = (np.asarray(array, np.float32) for array in (x, gate_up, down))
+    gate, up = x @ gate_up[:, 0].T, x @ gate_up[:, 1].T
+    expected = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    return float(np.linalg.norm(np.asarray(got, np.float32) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_form_matches_numpy(dtype: str):
+    args = make(5, 24, 40, 24, dtype=dtype)
+    got = gated_mlp(*args, jax.nn.silu, product)
+    assert got.dtype == dtype
+    assert relative(got, *args) < (1e-6 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 24, 64])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
+    args = shapes(tokens, *sizes)
+    mosaic_gpu.check(*args, jax.nn.silu, H100_SMS)
+    assert "mosaic_gpu" in mosaic_gpu.call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((16, 4096, 12288, 4096), "float32", "float32"),
+        ((1, 4096, 12288, 4096), "bfloat16", "1 tokens"),
+        ((65, 4096, 12288, 4096), "bfloat16", "65 tokens"),
+        ((16, 4096, 12288 + 64, 4096), "bfloat16", "12352"),
+        ((16, 4096, 12288, 4096 + 8), "bfloat16", "4104"),
+        ((16, 1024, 3072, 1024), "bfloat16", "32 CTAs"),
+        ((16, 5120, 17408, 5120), "bfloat16", "160 CTAs"),
+    ],
+)
+def test_kernel_names_what_it_cannot_serve(sizes: tuple[int, ...], dtype: str, reason: str):
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.check(*shapes(*sizes, dtype=dtype), jax.nn.silu, H100_SMS)
+
+
+def test_kernel_serves_one_activation():
+    with pytest.raises(NotImplementedError, match="silu"):
+        mosaic_gpu.check(*shapes(16, 4096, 12288, 4096), jax.nn.gelu, H100_SMS)
+
+
+def test_the_kernel_is_chosen_for_an_h100_only():
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=H100_SMS, platform="gpu")
+    choice = partial(OP.choice, None, *shapes(32, 4096, 12288, 4096), jax.nn.silu, product)
+    assert choice() == "xla"
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert choice() == "mosaic_gpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 8, 20, 32, 64])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
+    args = make(tokens, *sizes)
+    poison = [jnp.full((tokens, sizes[1]), jnp.nan, "bfloat16").block_until_ready() for _ in range(4)]
+    del poison  # so that an activation which is read before it is written shows
+    got = mosaic_gpu.call(*args)
+    assert relative(got, *args) < 1e-2
+    np.testing.assert_array_equal(got, mosaic_gpu.call(*args))
