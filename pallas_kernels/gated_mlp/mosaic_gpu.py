@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes, kernel, scratch
-from pallas_kernels.matmul.hopper import TILE
+from pallas_kernels.matmul.hopper import TILE, check_tokens
 from pallas_kernels.platform import require_hopper
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -45,8 +45,7 @@ def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array]
         raise NotImplementedError(f"dtypes are {sorted(dtypes)}, not one 16-bit float")
     if activation is not jax.nn.silu:
         raise NotImplementedError(f"{activation=}, not jax.nn.silu")
-    if not 2 <= tokens <= MAX_TOKENS:
-        raise NotImplementedError(f"{tokens} tokens are not 2 to {MAX_TOKENS}")
+    check_tokens(tokens, MAX_TOKENS)
     if width % 64 or outputs % TILE or inner % 128:
         raise NotImplementedError(f"{width} -> {inner} -> {outputs} features are not multiples of 64, 128 and 64")
     ctas = outputs // TILE * 2
@@ -72,7 +71,7 @@ def call(x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], down: Float[Arr
         grid_names=("cluster",),
         cluster=(2,),
         cluster_names=("half",),
-        num_threads=2,
+        num_threads=sizes.warpgroups + 1,
         thread_name="wg",
         scratch_types=scratch(sizes),
         compiler_params=plgpu.CompilerParams(approx_math=True),

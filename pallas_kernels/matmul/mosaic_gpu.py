@@ -19,6 +19,8 @@ from jaxtyping import Array, DTypeLike, Float
 from pallas_kernels.matmul.hopper import (
     TILE,
     Ring,
+    check_tokens,
+    compute_warpgroups,
     fit_stages,
     ring_scratch,
     stage_features,
@@ -51,8 +53,7 @@ def check(x: Shaped, weights: Shaped, out_dtype: DTypeLike, ctas: int) -> None:
         raise NotImplementedError(f"{out_dtype=} is neither that of x nor float32")
     if outputs % TILE or inputs % 64:
         raise NotImplementedError(f"{outputs} x {inputs} weights are not multiples of 64")
-    if not 2 <= tokens <= MANY_TOKENS:
-        raise NotImplementedError(f"{tokens} tokens are not 2 to {MANY_TOKENS}")
+    check_tokens(tokens, MANY_TOKENS)
     fewest = FEWEST_TILES if tokens <= FEW_TOKENS else 2 * ctas
     if outputs // TILE < fewest:
         raise NotImplementedError(f"{outputs // TILE} tiles of {TILE} outputs for {tokens} tokens, not {fewest}")
@@ -68,10 +69,13 @@ def call(
 ) -> Float[Array, "T O"]:
     """The kernel without its checks, on at most `ctas` CTAs."""
     (tokens, inputs), outputs = x.shape, len(weights)
-    rows, tiles = whole_groups(tokens), outputs // TILE
+    warpgroups, tiles = compute_warpgroups(tokens), outputs // TILE
+    rows = whole_groups(tokens, warpgroups)
+    per = rows // warpgroups
     ctas = min(ctas, tiles)
     step = stage_features(inputs, 256 if rows <= LONG_STAGE_TOKENS else 128)
     steps = inputs // step
+    stages = fit_stages(rows, step, rows * TILE * out_dtype.itemsize)
 
     def load(x_ref: Any, weights_ref: Any, ring: Ring, cta: Any, total: Any) -> None:
         """The TMA warpgroup."""
@@ -88,36 +92,36 @@ def call(
         lax.fori_loop(0, total, one, (cta, jnp.int32(0)))
         ring.drain(total)
 
-    def compute(out_ref: Any, ring: Ring, out_s: Any, cta: Any, mine: Any) -> None:
-        """The other warpgroup."""
+    def compute(out_ref: Any, ring: Ring, out_s: Any, wg: Any, cta: Any, mine: Any) -> None:
+        """One of the other warpgroups, for its tokens."""
 
         @pl.loop(0, mine)
         def _(r: Any):
-            acc = ring.multiply(r * steps, steps)
+            acc = ring.multiply(r * steps, steps, wg * per, per)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
-            out_s.T[...] = turned(acc.astype(out_dtype))
+            out_s.at[wg].T[...] = turned(acc.astype(out_dtype))
             plgpu.commit_smem()
             columns = pl.ds((cta + r * ctas) * TILE, TILE)
-            plgpu.copy_smem_to_gmem(out_s, out_ref.at[pl.ds(0, rows), columns])
+            plgpu.copy_smem_to_gmem(out_s.at[wg], out_ref.at[pl.ds(wg * per, per), columns])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def matmul_stream(x_ref: Any, weights_ref: Any, out_ref: Any, out_s: Any, *ring_refs: Any) -> None:
         ring, cta, wg = Ring(*ring_refs), lax.axis_index("cta"), lax.axis_index("wg")
         mine = lax.div(tiles - cta + ctas - 1, ctas)
-        pl.when(wg == 1)(lambda: load(x_ref, weights_ref, ring, cta, mine * steps))
-        pl.when(wg == 0)(lambda: compute(out_ref, ring, out_s, cta, mine))
+        pl.when(wg == warpgroups)(lambda: load(x_ref, weights_ref, ring, cta, mine * steps))
+        pl.when(wg < warpgroups)(lambda: compute(out_ref, ring, out_s, wg, cta, mine))
 
     return plgpu.kernel(
         matmul_stream,
         out_type=jax.ShapeDtypeStruct((tokens, outputs), out_dtype),
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=2,
+        num_threads=warpgroups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((rows, TILE), out_dtype, transforms=swizzled(out_dtype)),
-            *ring_scratch(rows, step, fit_stages(rows, step, rows * TILE * out_dtype.itemsize), 2, x.dtype),
+            plgpu.SMEM((warpgroups, per, TILE), out_dtype, transforms=swizzled(out_dtype)),
+            *ring_scratch(rows, step, stages, 2, warpgroups, x.dtype),
         ],
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(),

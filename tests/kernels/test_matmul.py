@@ -53,7 +53,7 @@ def test_kernel_in_the_interpreter(tokens: int, outputs: int, inputs: int, dtype
     assert relative(got, x, weights) < 4e-3
 
 
-@pytest.mark.parametrize("tokens", [2, 4, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [2, 8, 24, 64, 72, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_kernel_lowers_for_cuda(tokens: int, outputs: int, inputs: int):
     shapes = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((tokens, inputs), (outputs, inputs)))
@@ -69,7 +69,8 @@ def test_kernel_lowers_for_cuda(tokens: int, outputs: int, inputs: int):
         (16, 24580, 4096, "bfloat16", "bfloat16", "24580 x 4096"),
         (16, 4096, 1000, "bfloat16", "bfloat16", "4096 x 1000"),
         (1, 24576, 4096, "bfloat16", "bfloat16", "1 tokens"),
-        (129, 24576, 4096, "bfloat16", "bfloat16", "129 tokens"),
+        (20, 24576, 4096, "bfloat16", "bfloat16", "20 tokens"),
+        (136, 24576, 4096, "bfloat16", "bfloat16", "136 tokens"),
         (16, 1024, 4096, "bfloat16", "bfloat16", "16 tiles"),
         (64, 6144, 4096, "bfloat16", "bfloat16", "96 tiles of 64 outputs for 64 tokens"),
     ],
@@ -92,7 +93,7 @@ def test_the_kernel_is_chosen_for_an_h100_only():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("tokens", [2, 8, 20, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [2, 8, 24, 32, 64, 72, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_kernel_on_the_gpu(tokens: int, outputs: int, inputs: int, out_dtype: str):
     x, weights = make(tokens, outputs, inputs)
