@@ -80,7 +80,8 @@ def test_copies_of_the_model_share_one_program(configs: Path):
     report, program, kernels = compile_one(setup, DECODE)
     assert kernels
     assert not list(program.copies(SMALLEST_MATRIX))
-    assert ("all-gather", 2 * 16 * 4) in report.exchanges  # the results of both copies
+    gathers = [size for kind, size in report.exchanges if kind == "all-gather"]
+    assert 2 * 16 * 8 in gathers  # the best token of both halves of the vocabulary, with its logit
 
 
 @pytest.mark.parametrize("slice_name", ["v6e-1", "v5p-8", "v4-8"])
