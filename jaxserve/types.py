@@ -172,7 +172,8 @@ class Sequence:
         num_pending: tokens sampled by steps in flight, whose value only the device knows yet.
         num_computed: tokens whose keys and values the dispatched steps have written (or found in the prefix cache).
         num_cached: prompt tokens found in the prefix cache when the sequence was first admitted.
-        needs_host: whether someone looks at every token as it comes (streams, stop strings, token-level constraints).
+        needs_host: whether something acts on every token as it comes (stop strings, token-level constraints).
+        streams: whether someone looks at the tokens as they come.
         seed: 64-bit seed of this continuation's random keys.
         stop_ids: token ids that end it, end-of-sequence ids included unless ignored.
         eos_ids: those of `stop_ids` that are the model's own and so are not reported as `stop_reason`.
@@ -201,6 +202,7 @@ class Sequence:
     num_preemptions: int = 0
     stats: RequestStateStats = field(default_factory=RequestStateStats)
     needs_host: bool = True
+    streams: bool = False
     pool: int = 0
 
     @property

@@ -21,12 +21,25 @@ from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Stream:
-    """Where a request's outputs go."""
+    """Where a request's outputs go; `busy` from the moment one is on its way until the caller waits for the next."""
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue
+    busy: bool = False
+
+    def ready(self) -> bool:
+        return not self.busy
+
+    async def take(self) -> list[Any]:
+        """What is there, at least one item."""
+        if self.outputs.empty():
+            self.busy = False
+        items = [await self.outputs.get()]
+        while not self.outputs.empty():
+            items.append(self.outputs.get_nowait())
+        return items
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class AsyncLLMEngine:
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of a request that `make_request` made; closing the generator aborts it.
 
-        Deltas that came while the caller was busy are yielded as one, so a crowd of slow callers is no brake.
+        Tokens that came while the caller was busy are yielded as one delta, so a crowd of slow callers is no brake.
 
         Raises:
             ValueError: the request's id is in use.
@@ -145,7 +158,7 @@ class AsyncLLMEngine:
         finished = False
         try:
             while not finished:
-                items = await _all_of(stream.outputs)
+                items = await stream.take()
                 for item in _joined(items) if deltas else items:
                     if isinstance(item, BaseException):
                         finished = True
@@ -250,7 +263,9 @@ class AsyncLLMEngine:
         with self._lock:
             self._arriving -= 1
         try:
-            self._engine.add_request(key, command.request)
+            deltas = command.request.params.output_kind == RequestOutputKind.DELTA
+            ready = {"ready": command.stream.ready} if deltas else {}
+            self._engine.add_request(key, command.request, **ready)
         except (TypeError, ValueError) as error:
             del self._streams[key]
             self._send({command.stream: [error]})
@@ -261,6 +276,7 @@ class AsyncLLMEngine:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
+                stream.busy = True
                 found[stream].append(output)
             if output.finished:
                 self._streams.pop(output.request_id, None)
@@ -287,14 +303,6 @@ class AsyncLLMEngine:
                     command.future.set_exception(dead)
         self._send({stream: [dead] for stream in self._streams.values()})
         self._streams.clear()
-
-
-async def _all_of(outputs: asyncio.Queue) -> list[Any]:
-    """What is in the queue, at least one item."""
-    items = [await outputs.get()]
-    while not outputs.empty():
-        items.append(outputs.get_nowait())
-    return items
 
 
 def _joined(items: list[RequestOutput | BaseException]) -> list[RequestOutput | BaseException]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, no_type_check
 
@@ -11,7 +11,8 @@ import numpy as np
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.balancer import Balancer
 from jaxserve.engine.metrics import Metric, Metrics
-from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host
+from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host, streams
+from jaxserve.engine.pace import Pace
 from jaxserve.engine.pages import Pages
 from jaxserve.engine.runner import InFlight, Runner
 from jaxserve.engine.scheduler import Scheduler
@@ -22,6 +23,11 @@ from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
+
+
+def always() -> bool:
+    """For callers who take every output at once."""
+    return True
 
 
 class LLMEngine:
@@ -41,6 +47,7 @@ class LLMEngine:
         self._metrics = Metrics(config.max_model_len) if config.log_stats else None
         self._outputs = OutputProcessor(parts.tokenizer, self.scheduler, self._metrics)
         self._inflight: InFlight | None = None
+        self._pace = Pace(config.decode_steps)
         self._seeds = np.random.default_rng(config.seed)
 
     @classmethod
@@ -69,8 +76,12 @@ class LLMEngine:
         arrival_time: float | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
+        *,
+        ready: Callable[[], bool] = always,
     ) -> str:
         """Queue a prompt, or a request made before. Returns its id.
+
+        Where `ready` says that its caller has not taken the outputs so far, tokens wait and come together later.
 
         Raises:
             TypeError, ValueError: the id is no string or in use, or the prompt or its parameters are invalid.
@@ -95,9 +106,9 @@ class LLMEngine:
         now = time.monotonic()
         for sequence in sequences:
             sequence.stats.arrival_time, sequence.stats.queued_ts = request.arrival_time, now
-            sequence.needs_host = needs_host(request)
+            sequence.needs_host, sequence.streams = needs_host(request), streams(request)
             self.scheduler.add(sequence)
-        self._outputs.add(request, sequences)
+        self._outputs.add(request, sequences, ready)
         return request_id
 
     def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
@@ -113,12 +124,16 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then finish the one launched before; returns what became due."""
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(streams_wait=self._pace.streams_wait)
         launched = None if plan is None else self.runner.launch(plan)
         previous, self._inflight = self._inflight, launched
         outputs = self._failed()
-        if previous is not None:
-            for work, results in previous.results():
+        if previous is None:
+            self._pace.pause()
+        else:
+            finished = list(previous.results())
+            self._pace.step(previous.bucket.steps if previous.bucket.decode_only else 0)
+            for work, results in finished:
                 gained = self.scheduler.commit(work, results.tokens)
                 outputs += self._outputs.process(work, results, gained)
         return outputs

@@ -1,6 +1,7 @@
 """From sampled tokens to what callers see: text, stop strings, log-probabilities, finished requests. Host only."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,11 +15,16 @@ from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request,
 
 
 def needs_host(request: Request) -> bool:
-    """Whether each token must reach the host before the next step is planned: someone looks at it or acts on it."""
+    """Whether each token must reach the host before the next step is planned, because something acts on it."""
     params = request.params
     watched = params.stop or params.repetition_detection is not None or params.logprobs is not None
     constrained = request.edits is not None or params.min_tokens > 0
-    return params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(watched) or constrained
+    return bool(watched) or constrained
+
+
+def streams(request: Request) -> bool:
+    """Whether someone looks at the tokens as they come."""
+    return request.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
 
 class Continuation:
@@ -87,8 +93,18 @@ class Continuation:
 class RequestRecord:
     """A running request: its continuations and what they share."""
 
-    def __init__(self, request: Request, sequences: list[Sequence], tokenizer: Tokenizer | None, *, timed: bool):
+    def __init__(
+        self,
+        request: Request,
+        sequences: list[Sequence],
+        tokenizer: Tokenizer | None,
+        ready: Callable[[], bool],
+        *,
+        timed: bool,
+    ):
+        """`ready` says whether the caller has taken all outputs so far."""
         self.request = request
+        self.ready = ready
         self.continuations = [Continuation(sequence, self, tokenizer) for sequence in sequences]
         self.prompt_ids: list[int] = request.prompt_token_ids.tolist()
         wanted = request.params.prompt_logprobs is not None
@@ -137,15 +153,20 @@ class OutputProcessor:
         self._metrics = metrics
         self.records: dict[str, RequestRecord] = {}
         self._continuations: dict[Sequence, Continuation] = {}  # those of `records`
+        self._owed: dict[Continuation, None] = {}  # got tokens while their callers were busy, in order
 
-    def add(self, request: Request, sequences: list[Sequence]) -> None:
+    def add(self, request: Request, sequences: list[Sequence], ready: Callable[[], bool]) -> None:
         """Start a record; its sequences have been given to the scheduler."""
-        record = RequestRecord(request, sequences, self._tokenizer, timed=self._metrics is not None)
+        record = RequestRecord(request, sequences, self._tokenizer, ready, timed=self._metrics is not None)
         self.records[request.request_id] = record
         self._continuations.update(zip(sequences, record.continuations, strict=True))
 
     def process(self, work: Work, results: Results, gained: list[Sequence]) -> list[RequestOutput]:
-        """Outputs after a committed step; `gained` are the sequences that got tokens."""
+        """Outputs after a committed step; `gained` are the sequences that got tokens.
+
+        A caller who has not taken the last output gets the next one when it has: making outputs that nobody can take in
+        time would cost the steps of a crowd more than the device needs for them.
+        """
         now = time.monotonic()
         if self._metrics is not None:
             self._metrics.step(work, gained, now)
@@ -156,16 +177,23 @@ class OutputProcessor:
         outputs: list[RequestOutput | None] = []
         changed: dict[RequestRecord, list[Continuation]] = {}  # of requests with several continuations
         for sequence in gained:
-            if sequence.needs_host or sequence.status is Status.FINISHED:
+            if sequence.streams or sequence.needs_host or sequence.status is Status.FINISHED:
                 continuation = self._continuations[sequence]
                 if continuation.watched:
                     self._check_text(continuation)
                 record = continuation.record
+                if sequence.status is not Status.FINISHED and not record.ready():
+                    self._owed[continuation] = None
+                    continue
+                self._owed.pop(continuation, None)
                 if len(record.continuations) == 1:
                     outputs.append(self._emit(record, record.continuations, now))
                 else:
                     changed.setdefault(record, []).append(continuation)
         outputs += [self._emit(record, some, now) for record, some in changed.items()]
+        for continuation in [one for one in self._owed if one.record.ready()]:
+            del self._owed[continuation]
+            outputs.append(self._emit(continuation.record, [continuation], now))
         return [output for output in outputs if output is not None]
 
     def close(self, record: RequestRecord, error: str | None = None) -> RequestOutput | None:
@@ -179,6 +207,7 @@ class OutputProcessor:
         if finished and self.records.pop(record.request.request_id, None) is not None:
             for continuation in record.continuations:
                 del self._continuations[continuation.sequence]
+                self._owed.pop(continuation, None)
             if self._metrics is not None:
                 self._metrics.finish([one.sequence for one in record.continuations], now)
         return output

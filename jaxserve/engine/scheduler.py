@@ -133,14 +133,15 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def schedule(self, *, several: bool = True) -> Work | None:
+    def schedule(self, *, several: bool = True, streams_wait: bool = False) -> Work | None:
         """Plan the next step: running sequences first, then waiting ones. None if there is nothing to compute.
 
         The lengths advance as if the step had run. With None while sequences are unfinished, either they wait for a
-        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes.
+        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes, also
+        of streams with `streams_wait`.
         """
         rows = StepRows()
-        if several and (planned := self.several_decodes()) is not None:
+        if several and (planned := self.several_decodes(streams_wait=streams_wait)) is not None:
             self._schedule_several(rows, planned)
             return rows.work(self.page_table)
         preemptions = self.num_preemptions
@@ -196,8 +197,11 @@ class Scheduler:
                 self.finish(seq, "length")
                 return
 
-    def several_decodes(self) -> list[tuple[Sequence, int]] | None:
-        """Every running sequence and how many decodes it takes, if several at once delay nobody; else None."""
+    def several_decodes(self, *, streams_wait: bool = False) -> list[tuple[Sequence, int]] | None:
+        """Every running sequence and how many decodes it takes, if several at once delay nobody; else None.
+
+        Streams are delayed unless they may wait that long.
+        """
         steps, page_size = self._decode_steps, self.pages.page_size
         if steps == 1 or (len(self.waiting) and self._free_slots):
             return None
@@ -205,7 +209,9 @@ class Scheduler:
         for seq in self._running:
             left = len(seq.tokens) - seq.num_tokens - seq.num_pending
             if left:
-                if seq.needs_host or seq.num_tokens + seq.num_pending - seq.num_computed != 1:
+                if seq.needs_host or (seq.streams and not streams_wait):
+                    return None
+                if seq.num_tokens + seq.num_pending - seq.num_computed != 1:
                     return None
                 count = min(left, steps)
                 missing += -(-(seq.num_computed + count) // page_size) - len(seq.pages)

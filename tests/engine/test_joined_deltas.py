@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.async_engine import _all_of, _joined
+from jaxserve.engine.async_engine import _joined, _Stream
 from jaxserve.engine.errors import EngineDeadError
 from jaxserve.types import CompletionOutput, Logprob, RequestOutput
 
@@ -42,11 +42,11 @@ def test_texts_ids_and_logprobs_follow_each_other(steps: list, logprobs: bool) -
 
 def test_an_error_comes_after_what_came_before_it() -> None:
     async def main() -> list:
-        outputs: asyncio.Queue = asyncio.Queue()
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         for item in (delta([(0, "a", [1])], finished=False, logprobs=False),
                      delta([(0, "b", [2])], finished=False, logprobs=False), EngineDeadError("gone")):  # fmt: skip
-            outputs.put_nowait(item)
-        return _joined(await _all_of(outputs))
+            stream.outputs.put_nowait(item)
+        return _joined(await stream.take())
 
     text, error = asyncio.run(main())
     assert text.outputs[0].text == "ab"

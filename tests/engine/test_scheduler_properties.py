@@ -25,6 +25,7 @@ def engines(draw):
         max_num_batched_tokens=draw(st.integers(1, 24)) if chunked else MAX_MODEL_LEN,
         long_prefill_token_threshold=draw(st.integers(0, 6)) if chunked else 0,
         decode_steps=draw(st.sampled_from([1, 1, 2, 3, 8])),
+        streams_wait=draw(st.booleans()),
     )
 
 
@@ -37,6 +38,7 @@ ADD = st.fixed_dictionaries(
         "priority": st.integers(-1, 1),
         "stops": st.booleans(),
         "needs_host": st.sampled_from([False, False, False, True]),
+        "streams": st.sampled_from([False, False, True]),
         "min_tokens": st.integers(0, 3),
         "keys": st.sampled_from([{}, {}, {}, {"salt": b"x"}, {"adapter": b"x"}]),
         "prompt_logprobs": st.sampled_from([None, None, None, None, 0]),
@@ -52,12 +54,12 @@ EVENTS = st.one_of(
 )
 
 
-def add(engine: Engine, family, length, max_tokens, min_tokens, needs_host, **options) -> None:
+def add(engine: Engine, family, length, max_tokens, min_tokens, needs_host, streams, **options) -> None:
     number = len(engine.sequences)
     prompt = [family, *range(2, length + 1)]
     options |= {"min_tokens": min(min_tokens, max_tokens), "name": f"r{number}", "arrival": float(number // 2)}
     seq = make_sequence(prompt, max_tokens, **options)
-    seq.needs_host = needs_host
+    seq.needs_host, seq.streams = needs_host, streams
     engine.add(seq)
 
 

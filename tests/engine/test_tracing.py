@@ -126,7 +126,7 @@ def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
             assert {"paged_attention: mosaic_gpu", "rope_kv_write: mosaic_gpu"} <= set(notes)
 
 
-@pytest.mark.parametrize(("mailboxes", "chosen"), [(True, "all_reduce: mosaic_gpu"), (False, "all_reduce: xla (mosaic")])
+@pytest.mark.parametrize(("mailboxes", "chosen"), [(True, "all_reduce: mosaic_gpu"), (False, "all_reduce: xla")])
 def test_gpus_with_mailboxes_add_up_in_a_kernel(tiny_model: Path, mailboxes: bool, chosen: str):
     plan = replace(recipe(tiny_model, H100, hidden_size=256, head_dim=64), mesh=(1, 2), mailboxes=mailboxes)
     notes, _, program = Tracer(plan)(Bucket(4, 4)).partition(b"\n")
