@@ -15,6 +15,7 @@ from jaxserve.cli.dry_run import read_config
 from jaxserve.cli.flags import UsageError
 from jaxserve.config import EngineArgs, EngineConfig, merge_overrides, resolve
 from jaxserve.engine.blueprint import Blueprint, draft, settled
+from jaxserve.engine.mailboxes import reserved_bytes
 from jaxserve.engine.memory import memory_limit, total_memory
 from jaxserve.engine.programs import Buckets
 from jaxserve.engine.tracing import device_facts
@@ -34,6 +35,7 @@ class Setup:
         target: the TPU slice, None for the devices of this machine.
         device: one of the devices, or what stands for them.
         limit: bytes of each device that the engine may use; None on CPU.
+        mailbox_bytes: of each device besides, for sums (`jaxserve.engine.mailboxes`).
     """
 
     options: EngineArgs
@@ -43,6 +45,7 @@ class Setup:
     config: EngineConfig
     model: ModelPlan
     limit: int | None
+    mailbox_bytes: int = 0
 
     @property
     def count(self) -> int:
@@ -56,7 +59,8 @@ class Setup:
             ValueError: it does not suffice.
         """
         memory = draft(self.model, self.config, self.limit, working)
-        return Blueprint(self.model, self.config.fitted(memory.max_model_len), memory, self.device)
+        config = self.config.fitted(memory.max_model_len)
+        return Blueprint(self.model, config, memory, self.device, bool(self.mailbox_bytes))
 
     def fits(self, model: ModelPlan | None = None, **changes: Any) -> bool:
         """Whether the memory would suffice with these options changed."""
@@ -98,8 +102,9 @@ def prepare(options: EngineArgs, target: Slice | None, *, plan_only: bool, given
         mesh = make_mesh(*sizes, devices)
     model = lay_out(config, hf_config, mesh)
     config = settled(config, options, model)
-    limit = memory_limit([device], options.gpu_memory_utilization)
-    return Setup(options, hf_config, target, device, config, model, limit)
+    reserved = reserved_bytes(mesh) if isinstance(mesh, Mesh) else 0
+    limit = memory_limit([device], options.gpu_memory_utilization, reserved)
+    return Setup(options, hf_config, target, device, config, model, limit, reserved)
 
 
 def read_model_config(options: EngineArgs) -> Mapping[str, Any]:
