@@ -9,19 +9,20 @@ features are dealt out in tiles of 32, whose weights for gate and up are the 64 
 """
 
 from collections.abc import Callable
+from types import MappingProxyType
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes, kernel, scratch
-from pallas_kernels.matmul.hopper import TILE, check_tokens
+from pallas_kernels.matmul.hopper import TILE
 from pallas_kernels.platform import require_hopper
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 
-FEWEST_CTAS = 60  # that read as fast as the memory can be read
-MAX_TOKENS = 64  # with more, XLA is as fast
+# Width, inner features and outputs, and the tokens with which this was faster than XLA's kernels on an H100.
+FASTER = MappingProxyType({(4096, 12288, 4096): (16, 32, 64)})
 
 
 def gated_mlp(
@@ -38,20 +39,17 @@ def gated_mlp(
 
 
 def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array], Array], multiprocessors: int) -> None:
-    """Raise `NotImplementedError`, naming the values, for what the kernel does not serve, or not faster than XLA."""
+    """Raise `NotImplementedError`, naming the values, for what the kernel was not measured to do faster than XLA."""
     (tokens, width), (outputs, inner) = x.shape, down.shape
     dtypes = {str(array.dtype) for array in (x, gate_up, down)}
-    if dtypes not in ({"bfloat16"}, {"float16"}):
-        raise NotImplementedError(f"dtypes are {sorted(dtypes)}, not one 16-bit float")
+    if dtypes != {"bfloat16"}:
+        raise NotImplementedError(f"dtypes are {sorted(dtypes)}, not bfloat16")
     if activation is not jax.nn.silu:
         raise NotImplementedError(f"{activation=}, not jax.nn.silu")
-    check_tokens(tokens, MAX_TOKENS)
-    if width % 64 or outputs % TILE or inner % 128:
-        raise NotImplementedError(f"{width} -> {inner} -> {outputs} features are not multiples of 64, 128 and 64")
-    ctas = outputs // TILE * 2
-    if not FEWEST_CTAS <= ctas <= multiprocessors:
-        raise NotImplementedError(f"{outputs} outputs for {ctas} CTAs, not {FEWEST_CTAS} to {multiprocessors}")
-    Sizes.fit(tokens, width, inner, outputs, x.dtype)
+    if tokens not in FASTER.get((width, inner, outputs), ()):
+        raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} -> {outputs} features")
+    if outputs // TILE * 2 > multiprocessors:
+        raise NotImplementedError(f"{outputs // TILE * 2} CTAs at once on {multiprocessors} multiprocessors")
 
 
 @jax.jit
@@ -71,7 +69,7 @@ def call(x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], down: Float[Arr
         grid_names=("cluster",),
         cluster=(2,),
         cluster_names=("half",),
-        num_threads=sizes.warpgroups + 1,
+        num_threads=2,
         thread_name="wg",
         scratch_types=scratch(sizes),
         compiler_params=plgpu.CompilerParams(approx_math=True),

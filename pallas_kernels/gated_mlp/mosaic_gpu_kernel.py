@@ -13,7 +13,6 @@ from jaxtyping import DTypeLike
 from pallas_kernels.matmul.hopper import (
     TILE,
     Ring,
-    compute_warpgroups,
     fit_stages,
     ring_scratch,
     stage_features,
@@ -38,7 +37,6 @@ class Sizes:
         tokens, width, inner, outputs: of the arrays.
         step: features of a stage.
         stages: of the ring.
-        warpgroups: that compute, each for its part of the tokens.
         dtype: of the arrays.
     """
 
@@ -48,7 +46,6 @@ class Sizes:
     outputs: int
     step: int
     stages: int
-    warpgroups: int
     dtype: DTypeLike
 
     @classmethod
@@ -56,20 +53,15 @@ class Sizes:
         """The sizes for 16-bit arrays."""
         longest = 256 if tokens <= LONG_STAGE_TOKENS else 128
         step = min(stage_features(width, longest), stage_features(inner // 2, longest))
-        sizes = cls(tokens, width, inner, outputs, step, 0, compute_warpgroups(tokens), dtype)
-        each = TILE * min(sizes.per, TOKENS) * 4 + sizes.per * HALF * 2 + TILE * sizes.share * (2 + 2 * 4)
-        other_bytes = sizes.warpgroups * each
+        sizes = cls(tokens, width, inner, outputs, step, 0, dtype)
+        together, half = TILE * min(sizes.rows, TOKENS) * 4, TILE * sizes.share
+        other_bytes = together + sizes.rows * HALF * 2 + half * 2 + 2 * half * 4
         return replace(sizes, stages=fit_stages(sizes.rows, step, other_bytes))
 
     @property
     def rows(self) -> int:
         """Tokens with padding."""
-        return whole_groups(self.tokens, self.warpgroups)
-
-    @property
-    def per(self) -> int:
-        """Tokens of a warpgroup."""
-        return self.rows // self.warpgroups
+        return whole_groups(self.tokens)
 
     @property
     def clusters(self) -> int:
@@ -77,8 +69,8 @@ class Sizes:
 
     @property
     def share(self) -> int:
-        """Tokens of each warpgroup whose outputs a CTA of a cluster finishes."""
-        return whole_groups(self.per // 2, 1)
+        """Tokens whose outputs a CTA of a cluster finishes."""
+        return whole_groups(self.rows // 2)
 
     @property
     def tiles(self) -> int:
@@ -103,9 +95,8 @@ class Refs(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a warpgroup has to do: its place, its CTA's number of tiles, and how many stages each product takes."""
+    """A CTA's part of the work: its place, how many tiles it has, and how many stages each product takes."""
 
-    wg: Any
     cluster: Any
     half: Any
     cta: Any
@@ -126,15 +117,15 @@ def proxy_fence(_: Any) -> None:
 
 
 def kernel(sizes: Sizes, *references: Any) -> None:
-    """The body: a TMA warpgroup and those that compute; a counter tells how many of these have stored their tiles."""
+    """The body: a TMA warpgroup and one that computes; a counter tells how many CTAs have stored their tiles."""
     refs = Refs(*references[:10], ring=Ring(*references[10:]))
     counter = pl.get_global(plgpu.SemaphoreType.REGULAR((1,))).at[0]
     cluster, half, wg = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("wg")
     cta, ctas = cluster * 2 + half, sizes.clusters * 2
     tiles = lax.div(sizes.tiles - cta + ctas - 1, ctas)
-    part = Part(wg, cluster, half, cta, tiles, sizes.width // sizes.step, sizes.inner // sizes.step // 2)
-    pl.when(wg == sizes.warpgroups)(lambda: load(sizes, refs, part, counter))
-    pl.when(wg < sizes.warpgroups)(lambda: compute(sizes, refs, part, counter))
+    part = Part(cluster, half, cta, tiles, sizes.width // sizes.step, sizes.inner // sizes.step // 2)
+    pl.when(wg == 1)(lambda: load(sizes, refs, part, counter))
+    pl.when(wg == 0)(lambda: compute(sizes, refs, part, counter))
 
 
 def load(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
@@ -175,7 +166,7 @@ def load(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
     lax.fori_loop(0, part.border, first, (part.cta, jnp.int32(0)))
     early = min(sizes.stages, part.second_steps)
     pl.loop(0, early)(weights)
-    plgpu.semaphore_wait(counter, ctas * sizes.warpgroups, decrement=False, memory_scope="gpu")
+    plgpu.semaphore_wait(counter, ctas, decrement=False, memory_scope="gpu")
     proxy_fence()  # pyright: ignore[reportCallIssue]
     pl.loop(0, early)(activations)
     pl.loop(early, part.second_steps)(second)
@@ -183,43 +174,44 @@ def load(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
 
 
 def compute(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
-    """One of the other warpgroups, for its tokens: the CTA's tiles of activations, then its half of the outputs."""
-    first, per, inner_s = part.wg * sizes.per, sizes.per, refs.inner_s.at[part.wg]
+    """The other warpgroup: my tiles of activations, then my half of the cluster's outputs."""
 
     @pl.loop(0, part.tiles)
     def _(r: Any):
-        acc = refs.ring.multiply(r * part.first_steps, part.first_steps, first, per)
+        acc = refs.ring.multiply(r * part.first_steps, part.first_steps)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
-        for start in range(0, per, TOKENS):
-            activate(sizes, refs, part, acc, start)
+        for start in range(0, sizes.rows, TOKENS):
+            activate(sizes, refs, acc, start)
         columns = pl.ds((part.cta + r * sizes.clusters * 2) * HALF, HALF)
-        plgpu.copy_smem_to_gmem(inner_s, refs.inner.at[pl.ds(first, per), columns])
+        plgpu.copy_smem_to_gmem(refs.inner_s, refs.inner.at[pl.ds(0, sizes.rows), columns])
 
     plgpu.wait_smem_to_gmem(0)
     proxy_fence()  # pyright: ignore[reportCallIssue]
     plgpu.semaphore_signal(counter, memory_scope="gpu")
-    acc = refs.ring.multiply(part.border, part.second_steps, first, per)
+    acc = refs.ring.multiply(part.border, part.second_steps)
     finish(sizes, refs, part, acc)
 
 
-def activate(sizes: Sizes, refs: Refs, part: Part, acc: Any, start: int) -> None:
+def activate(sizes: Sizes, refs: Refs, acc: Any, start: int) -> None:
     """Activations of some tokens of a tile, whose gates and ups are in different warps."""
-    size = min(TOKENS, sizes.per - start)
-    both_s = refs.both_s.at[part.wg, pl.ds(0, size)]
-    both_s.T[...] = turned(acc[:, start : start + size])
+    size = min(TOKENS, sizes.rows - start)
+    refs.both_s.at[pl.ds(0, size)].T[...] = turned(acc[:, start : start + size])
     plgpu.commit_smem()
-    gate, up = (plgpu.load(both_s.at[:, pl.ds(column, HALF)], layout=ROWS, optimized=False) for column in (0, HALF))
-    refs.inner_s[part.wg, pl.ds(start, size)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
+    gate, up = (
+        plgpu.load(refs.both_s.at[pl.ds(0, size), pl.ds(first, HALF)], layout=ROWS, optimized=False)
+        for first in (0, HALF)
+    )
+    refs.inner_s[pl.ds(start, size)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
     plgpu.commit_smem()
 
 
 def finish(sizes: Sizes, refs: Refs, part: Part, acc: Any) -> None:
-    """Send each CTA of the cluster my sums for its share of my tokens, and add up and store mine."""
-    starts = range(0, sizes.per, sizes.share)
+    """Send each CTA of the cluster my sums for its share of the tokens, and add up and store mine."""
+    starts = range(0, sizes.rows, sizes.share)
     for peer, start in enumerate(starts):
-        size = min(sizes.share, sizes.per - start)
+        size = min(sizes.share, sizes.rows - start)
         plgpu.async_store_smem(
-            acc[:, start : start + size], refs.halves_s.at[part.wg, part.half, :, pl.ds(0, size)], refs.exchanged,
+            acc[:, start : start + size], refs.halves_s.at[part.half, :, pl.ds(0, size)], refs.exchanged,
             cluster_idx=jnp.int32(peer), cluster_dim="half", optimized=False,
         )  # fmt: skip
 
@@ -227,26 +219,25 @@ def finish(sizes: Sizes, refs: Refs, part: Part, acc: Any) -> None:
     def _():
         plgpu.barrier_wait(refs.exchanged)
         one, other = (
-            plgpu.load(refs.halves_s.at[part.wg, half], layout=plgpu.Layout.WGMMA, optimized=False) for half in range(2)
+            plgpu.load(refs.halves_s.at[half], layout=plgpu.Layout.WGMMA, optimized=False) for half in range(2)
         )
-        out_s = refs.out_s.at[part.wg]
-        out_s.T[...] = turned((one + other).astype(sizes.dtype))
+        refs.out_s.T[...] = turned((one + other).astype(sizes.dtype))
         plgpu.commit_smem()
-        rows = pl.ds(part.wg * sizes.per + part.half * sizes.share, sizes.share)
-        plgpu.copy_smem_to_gmem(out_s, refs.out.at[rows, pl.ds(part.cluster * TILE, TILE)])
+        rows, columns = pl.ds(part.half * sizes.share, sizes.share), pl.ds(part.cluster * TILE, TILE)
+        plgpu.copy_smem_to_gmem(refs.out_s, refs.out.at[rows, columns])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def scratch(sizes: Sizes) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs`."""
-    warpgroups, per, share, dtype = sizes.warpgroups, sizes.per, sizes.share, sizes.dtype
-    even = share if per == 2 * share else 8  # tokens that divide the shares of both CTAs
+    rows, share, dtype = sizes.rows, sizes.share, sizes.dtype
+    even = share if rows == 2 * share else 8  # tokens that divide the shares of both CTAs
     return [
-        plgpu.SMEM((warpgroups, min(per, TOKENS), TILE), jnp.float32, transforms=swizzled(jnp.float32)),
-        plgpu.SMEM((warpgroups, per, HALF), dtype),
-        plgpu.SMEM((warpgroups, share, TILE), dtype, transforms=swizzled(dtype)),
-        plgpu.SMEM((warpgroups, 2, TILE, share), jnp.float32, transforms=swizzled(jnp.float32, even)),
-        plgpu.Barrier(num_arrivals=2 * warpgroups),
-        *ring_scratch(sizes.rows, sizes.step, sizes.stages, 3, warpgroups, dtype),
+        plgpu.SMEM((min(rows, TOKENS), TILE), jnp.float32, transforms=swizzled(jnp.float32)),
+        plgpu.SMEM((rows, HALF), dtype),
+        plgpu.SMEM((share, TILE), dtype, transforms=swizzled(dtype)),
+        plgpu.SMEM((2, TILE, share), jnp.float32, transforms=swizzled(jnp.float32, even)),
+        plgpu.Barrier(num_arrivals=2),
+        *ring_scratch(rows, sizes.step, sizes.stages, 3, dtype),
     ]

@@ -48,16 +48,16 @@ class Ring(NamedTuple):
         def _(i: Any):
             plgpu.barrier_wait(self.free.at[lax.rem(i, self.stages)])
 
-    def multiply(self, first: Any, count: Any, start: Any, tokens: int) -> Any:
-        """Float32 `[TILE, tokens]`: for tokens from `start` on, the sum of `count` stages from the `first` load on."""
-        shape = TILE, tokens
+    def multiply(self, first: Any, count: Any) -> Any:
+        """Float32 `[TILE, tokens]`: the sum of the products of `count` stages from the `first` load on."""
+        shape = TILE, self.tokens.shape[1]
 
         def product(acc: Any) -> Any:
             @pl.loop(0, count)
             def _(k: Any):
                 stage = lax.rem(first + k, self.stages)
                 plgpu.barrier_wait(self.full.at[stage])
-                plgpu.wgmma(acc, self.weights.at[stage], self.tokens.at[stage, pl.ds(start, tokens)].T)
+                plgpu.wgmma(acc, self.weights.at[stage], self.tokens.at[stage].T)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(self.free.at[stage])
 
@@ -66,13 +66,13 @@ class Ring(NamedTuple):
         return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def ring_scratch(tokens: int, features: int, stages: int, copies: int, warpgroups: int, dtype: DTypeLike) -> list[Any]:
-    """Shared memory and barriers of a `Ring`; `copies` fill a stage and `warpgroups` read it."""
+def ring_scratch(tokens: int, features: int, stages: int, copies: int, dtype: DTypeLike) -> list[Any]:
+    """Shared memory and barriers of a `Ring`, of which each stage is filled by `copies` copies."""
     return [
         plgpu.SMEM((stages, TILE, features), dtype, transforms=swizzled(dtype)),
         plgpu.SMEM((stages, tokens, features), dtype, transforms=swizzled(dtype)),
         plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+        plgpu.Barrier(num_barriers=stages),
     ]
 
 
@@ -108,21 +108,9 @@ def swizzled(dtype: DTypeLike, row: int | None = None) -> tuple[Any, Any]:
     return tiling((8, width // size)), swizzling(width)  # pyright: ignore[reportAbstractUsage]
 
 
-def compute_warpgroups(tokens: int) -> int:
-    """Warpgroups that share a tile of weights and divide the tokens: one would wait for too many wgmmas."""
-    return 1 if tokens <= 64 else 2
-
-
-def whole_groups(tokens: int, warpgroups: int) -> int:
-    """Tokens rounded up to what the warpgroups take; TMA fills rows past the end with zeros and stores none of them."""
-    multiple = 8 if warpgroups == 1 else 16 * warpgroups
-    return -(-tokens // multiple) * multiple
-
-
-def check_tokens(tokens: int, most: int) -> None:
-    """Raise `NotImplementedError` unless there are 2 to `most` tokens, in whole groups of 8 if there are more."""
-    if not 2 <= tokens <= most or (tokens > 8 and tokens % 8):
-        raise NotImplementedError(f"{tokens} tokens are not 2 to 8, or a multiple of 8 up to {most}")
+def whole_groups(tokens: int) -> int:
+    """Tokens rounded up to what wgmma takes; TMA fills rows past the end with zeros and stores none of them."""
+    return -(-tokens // 8) * 8
 
 
 def turned(acc: Array) -> Array:
