@@ -75,7 +75,7 @@ def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platfo
     copies of the MLP's activations and takes a little for every layer: so it was with models of 8 and 70 billion
     parameters on 4 and 8 chips.
     """
-    sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_size // parts * np.dtype(np.float32).itemsize
+    sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_rows // parts * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     copies = 4 if platform == "tpu" else 2
     widest = 2 * model.hidden_size + copies * max(2 * model.intermediate_size, 2 * heads) // parts

@@ -9,6 +9,7 @@ from jaxserve.layers.rope import Rope
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+VOCAB_TILE = 128  # of a padded vocabulary, each device has a multiple of so many rows, which accelerators like
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ModelConfig:
         norm_offset: what is added to the stored scales of the norms.
         embedding_scale: factor of the token embeddings, rounded to the model's dtype.
         kv_copies: how many of the `num_kv_heads` are copies of one head of the checkpoint.
+        vocab_padding: rows of no token behind those of the vocabulary, so that devices can share all of them evenly.
     """
 
     num_layers: int
@@ -50,24 +52,36 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     embedding_scale: float | None = None
     kv_copies: int = 1
+    vocab_padding: int = 0
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the output projection."""
+        return self.vocab_size + self.vocab_padding
 
     def split(self, parts: int) -> "ModelConfig":
-        """What `parts` devices that share a copy of the model serve: with fewer KV heads than devices, each copied.
+        """What `parts` devices that share a copy of the model serve.
+
+        With fewer KV heads than devices each is copied; a vocabulary that they cannot share evenly is padded.
 
         Raises:
-            ValueError: heads, MLP or vocabulary cannot be dealt out evenly.
+            ValueError: heads or MLP cannot be dealt out evenly.
         """
         if uneven := self._uneven(parts):
             choices = ", ".join(str(n) for n in range(1, self.num_heads + 1) if not self._uneven(n))
             what = " and ".join(uneven)
             raise ValueError(f"tensor_parallel_size={parts} does not deal out {what} evenly; choose one of {choices}")
-        kv_heads = self.num_kv_heads
-        return self if kv_heads >= parts else replace(self, num_kv_heads=parts, kv_copies=parts // kv_heads)
+        config, kv_heads = self, self.num_kv_heads
+        if kv_heads < parts:
+            config = replace(config, num_kv_heads=parts, kv_copies=parts // kv_heads)
+        if self.vocab_size % parts:
+            config = replace(config, vocab_padding=-self.vocab_size % (parts * VOCAB_TILE))
+        return config
 
     def _uneven(self, parts: int) -> list[str]:
         """What `parts` devices cannot hold equal parts of."""
         sizes = {"query heads": self.num_heads, "key/value heads": self.num_kv_heads}
-        sizes |= {"MLP columns (intermediate_size)": self.intermediate_size, "tokens (vocab_size)": self.vocab_size}
+        sizes |= {"MLP columns (intermediate_size)": self.intermediate_size}
         copied = parts % self.num_kv_heads == 0
         return [f"{n} {what}" for what, n in sizes.items() if n % parts and not (what == "key/value heads" and copied)]
 

@@ -14,6 +14,7 @@ from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import Tables
 from jaxserve.models.config import ModelConfig
 from jaxserve.sums import PLAIN, Sums
+from sharding.collectives import shard
 
 Step = tuple[Float[Array, "T D"], KVCache]
 
@@ -123,10 +124,10 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embedding(config.vocab_rows, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([block(config, kind, dtype=dtype, rngs=rngs) for kind in config.layer_types])
         self.norm = make_norm(config, dtype)
-        width, vocabulary = (("D", config.hidden_size),), (("V", config.vocab_size),)
+        width, vocabulary = (("D", config.hidden_size),), (("V", config.vocab_rows),)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(width, vocabulary, dtype=dtype, rngs=rngs)
 
@@ -152,11 +153,15 @@ class CausalLM(nnx.Module):
             return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-        """Float32 logits of normed hidden states, soft cap included."""
+        """Float32 logits of normed hidden states, soft cap included; -inf where a row stands for no token."""
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 logits = self.embedding.logits(hidden)
             else:
                 logits = self.lm_head(hidden, jnp.dtype(jnp.float32))
             cap = self.config.logit_soft_cap
-            return logits if cap is None else cap * jnp.tanh(logits / cap)
+            logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+            if not self.config.vocab_padding:
+                return logits
+            tokens = shard() * logits.shape[1] + jnp.arange(logits.shape[1])
+            return jnp.where(tokens < self.config.vocab_size, logits, -jnp.inf)

@@ -45,6 +45,12 @@ def as_is(sources: list[np.ndarray]) -> np.ndarray:
     return source
 
 
+def padded(rows: int, sources: list[np.ndarray]) -> np.ndarray:
+    """The one source, with so many rows of zeros behind its own."""
+    (source,) = sources
+    return np.concatenate([source, np.zeros((rows, *source.shape[1:]), source.dtype)])
+
+
 def reshaped(shape: tuple[int, ...], sources: list[np.ndarray]) -> np.ndarray:
     """A linear weight `[out, in]` with its axes split into `shape`."""
     (source,) = sources
@@ -119,10 +125,11 @@ def norm_rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
 
 def outer_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Embedding, final norm and, unless it is tied to the embedding, the output projection."""
+    vocabulary = partial(padded, config.vocab_padding) if config.vocab_padding else as_is
     rules = [
-        Rule("embedding.table", ("model.embed_tokens.weight",), as_is),
+        Rule("embedding.table", ("model.embed_tokens.weight",), vocabulary),
         Rule("norm.scale", ("model.norm.weight",), as_is),
     ]
     if not config.tie_word_embeddings:
-        rules.append(Rule("lm_head.kernel", ("lm_head.weight",), as_is))
+        rules.append(Rule("lm_head.kernel", ("lm_head.weight",), vocabulary))
     return tuple(rules)
