@@ -1,6 +1,5 @@
 """The gated feed-forward layer against numpy. The kernel cannot be interpreted: it has clusters and a counter."""
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +85,14 @@ def test_kernel_serves_one_activation():
         mosaic_gpu.check(*shapes(16, 4096, 12288, 4096), jax.nn.gelu, H100_SMS)
 
 
-def test_the_kernel_is_chosen_for_an_h100_only():
+def test_the_kernel_serves_an_h100_only_and_by_name():
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=H100_SMS, platform="gpu")
-    choice = partial(OP.choice, None, *shapes(32, 4096, 12288, 4096), jax.nn.silu, product)
-    assert choice() == "xla"
+    arguments = *shapes(32, 4096, 12288, 4096), jax.nn.silu, product
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        OP.choice("mosaic_gpu", *arguments)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert choice() == "mosaic_gpu"
+        assert OP.choice("mosaic_gpu", *arguments) == "mosaic_gpu"
+        assert OP.choice(None, *arguments) == "xla"
 
 
 @pytest.mark.gpu
