@@ -1,6 +1,5 @@
 """The gated feed-forward layer against numpy. The kernel cannot be interpreted: it has clusters and a counter."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
