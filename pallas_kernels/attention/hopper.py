@@ -11,6 +11,7 @@ ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
 NEG = -1e30  # the maximum of nothing; finite, since exp2(NEG - NEG) must not be NaN
 WG_ROWS = 64  # rows that one warpgroup multiplies at a time
+WG_THREADS = 128
 PAGE = 64  # tokens per page that the kernels serve: one TMA box per page and head
 
 

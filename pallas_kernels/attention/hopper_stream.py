@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.hopper import PAGE, WG_ROWS, below, running_sum, swizzled
+from pallas_kernels.attention.hopper import PAGE, WG_ROWS, WG_THREADS, below, running_sum, swizzled
 from pallas_kernels.attention.hopper_stream_kernel import Sizes, kernel
 
 MAX_STAGES = 4  # 3, 4 and 5 measure the same
+MAX_COMPACT = 16  # heads of a group that partial results are merged by; the code grows with them
 SMEM_BYTES = 230_600  # of the 232,448 that a CTA may have
+SHARING = 16  # pages that a CTA reads in the time that it costs at most to share groups
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StreamConfig:
         warpgroups: compute warpgroups (1 or 2) of 64 rows each.
         stages: pages (key and value) in flight per CTA.
         queries: tiles of queries in flight per CTA.
+        compact: a partial result holds the rows of its only token, not the whole tile.
         whole: no group is shared between CTAs; slower, but the interpreter (which knows no semaphores) can run it.
     """
 
@@ -42,17 +45,19 @@ class StreamConfig:
     warpgroups: int
     stages: int
     queries: int
+    compact: bool
     whole: bool = False
 
     @classmethod
     def fit(cls, ctas: int, group: int, width: int, *, mixed: bool) -> "StreamConfig":
         """The sizes for 16-bit heads in groups; `mixed` prepares for several tokens per sequence."""
         warpgroups = 2 if mixed and width <= 128 else 1
-        queries = 2 if warpgroups == 1 and width <= 128 else 1
+        lone = warpgroups == 1 and width <= 128
+        queries, compact = 2 if lone else 1, lone and group <= MAX_COMPACT and group * width % WG_THREADS == 0
         rows = warpgroups * WG_ROWS
         room = rows if warpgroups == 1 else rows + group  # of the arriving queries
-        spare = SMEM_BYTES - (queries * room + 2 * rows) * width * 2
-        return cls(ctas, warpgroups, min(spare // (2 * PAGE * width * 2), MAX_STAGES), queries)
+        spare = SMEM_BYTES - (queries * room + 2 * rows) * width * 2 - (WG_ROWS * width * 4 if compact else 0)
+        return cls(ctas, warpgroups, min(spare // (2 * PAGE * width * 2), MAX_STAGES), queries, compact)
 
     def tile_tokens(self, group: int) -> int:
         """Tokens of one sequence that share a tile: a lone warpgroup serves one, two hold all heads of some each."""
@@ -80,7 +85,11 @@ def plan_stream(
     window: int | None,
     config: StreamConfig,
 ) -> StreamPlan:
-    """Cut the rows of all sequences with at most `max_q_len` rows into tiles, and the work into runs."""
+    """Cut the rows of all sequences with at most `max_q_len` rows into tiles, and the work into runs.
+
+    Runs end where groups do if that makes the longest little longer: to share groups takes 3 to 12 us of a call. Also
+    twice as long a run may be the better one, since a CTA reads faster the fewer others do.
+    """
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     counts = jnp.where(q_lens <= max_q_len, (q_lens + tile_tokens - 1) // tile_tokens, 0)
     upto = running_sum(counts)
@@ -94,7 +103,8 @@ def plan_stream(
     ends = running_sum(pages)
     total = ends[-1] * key_heads
     cta = jnp.arange(config.ctas + 1, dtype=jnp.int32)
-    cuts = total // config.ctas * cta + jnp.minimum(total % config.ctas, cta)  # empty runs come last
+    mean = total // config.ctas
+    cuts = mean * cta + jnp.minimum(total % config.ctas, cta)  # empty runs come last
 
     def locate(place: Int[Array, "n"]) -> tuple[Array, Array]:
         """Group that holds a place in the order of all pages, and the page within it."""
@@ -104,8 +114,12 @@ def plan_stream(
         return tile * key_heads + rest // size, rest % size
 
     group, page = locate(cuts)
-    if config.whole:
-        cuts, page = jnp.where(cuts < total, cuts - page, total), jnp.zeros_like(page)
+    size = pages[jnp.minimum(group // key_heads, num_tiles - 1)]
+    later = 2 * page > size
+    borders = jnp.where(cuts < total, cuts - page + jnp.where(later, size, 0), total)  # the nearest ones
+    apart = config.whole | (jnp.max(borders[1:] - borders[:-1]) <= mean + jnp.minimum(mean + 2, SHARING))
+    cuts = jnp.where(apart, borders, cuts)
+    group, page = jnp.where(apart & later, group + 1, group), jnp.where(apart, 0, page)
     sizes = cuts[1:] - cuts[:-1]
     last_group, last_page = locate(cuts[1:] - 1)
     group, page = group[:-1], page[:-1]
@@ -140,14 +154,14 @@ def stream_attention(
     num_tokens, heads, width = q.shape
     key_heads = kv.shape[3]
     sizes = Sizes(
-        config.ctas, config.warpgroups, config.stages, config.queries, config.whole,
+        config.ctas, config.warpgroups, config.stages, config.queries, config.compact, config.whole,
         config.tile_tokens(heads // key_heads), num_tokens, heads, key_heads, width, q.dtype, scale, window, soft_cap,
         interpret is not None,
     )  # fmt: skip
     rows, group = config.warpgroups * WG_ROWS, sizes.group
     partial = (
-        jax.ShapeDtypeStruct((sizes.slots, rows, width), jnp.float32),
-        jax.ShapeDtypeStruct((sizes.slots, 2, rows), jnp.float32),
+        jax.ShapeDtypeStruct((sizes.ctas, *sizes.partial), jnp.float32),
+        jax.ShapeDtypeStruct((sizes.ctas, 2, rows), jnp.float32),
     )
     result = jax.ShapeDtypeStruct((num_tokens * heads, width), q.dtype)
     packed = q.reshape((num_tokens * heads, width) if sizes.alone else (num_tokens, key_heads, group, width))
@@ -191,6 +205,8 @@ def _scratch(sizes: Sizes) -> list[Any]:
         plgpu.SMEM((stages, PAGE, width), sizes.dtype, transforms=tiles),
         plgpu.SMEM((warpgroups, WG_ROWS, width), sizes.dtype),
         weights if sizes.interpreted else None,
+        plgpu.SMEM((WG_ROWS, width), jnp.float32) if sizes.compact else None,
+        plgpu.SMEM((2, WG_ROWS), jnp.float32) if sizes.compact else None,
         barriers(sizes.queries),
         barriers(sizes.queries, warpgroups),
         barriers(stages),

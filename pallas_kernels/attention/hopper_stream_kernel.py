@@ -15,7 +15,6 @@ from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, softmax_ste
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
 RUN_WORDS = 6  # first (tile, head) group, first page of it, its place, pages in all, groups touched, pages of the last
 MERGE = 8  # partial results whose loads are in flight together
-FEW = 2  # partial results up to which whole tiles are merged: no detour for the CTA's own
 
 whole_load = functools.partial(plgpu.load, optimized=False)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma tile
@@ -26,7 +25,7 @@ class Sizes:
     """Everything about a call that is known when it is traced.
 
     Attributes:
-        ctas, warpgroups, stages, queries, whole: as in `StreamConfig`.
+        ctas, warpgroups, stages, queries, compact, whole: as in `StreamConfig`.
         tile_tokens: tokens of one sequence that share a tile.
         num_tokens, heads, key_heads, width: of the queries and the cache.
         dtype: of the queries and the cache.
@@ -38,6 +37,7 @@ class Sizes:
     warpgroups: int
     stages: int
     queries: int
+    compact: bool
     whole: bool
     tile_tokens: int
     num_tokens: int
@@ -66,19 +66,14 @@ class Sizes:
         return self.warpgroups == 1
 
     @property
-    def by_rows(self) -> bool:
-        """Few rows of a tile count, and they fill whole vectors: merge those only."""
-        return self.alone and self.group * self.width % 128 == 0
-
-    @property
     def room(self) -> int:
         """Tokens that the buffer of arriving queries holds: a warpgroup reads 64 rows, used or not."""
         return -(-((self.warpgroups - 1) * self.per * self.group + WG_ROWS) // self.group)
 
     @property
-    def slots(self) -> int:
-        """Places for partial results; the second half is for the CTAs' own."""
-        return 2 * self.ctas if self.by_rows else self.ctas
+    def partial(self) -> tuple[int, ...]:
+        """Shape of the accumulator of a partial result."""
+        return (self.group * self.width,) if self.compact else (self.warpgroups * WG_ROWS, self.width)
 
 
 class Refs(NamedTuple):
@@ -100,6 +95,8 @@ class Refs(NamedTuple):
     v_s: Any
     o_s: Any
     p_s: Any
+    acc_s: Any
+    stat_s: Any
     q_full: Any
     q_free: Any
     k_full: Any
@@ -335,24 +332,25 @@ def attend_page(run: Run, done: Any, position: Any, column: Any, j: Any, carry: 
 
 def finish(run: Run, state: Any, start: Any, missing: Any, place: tuple[Any, Any]) -> None:
     """Write a whole group, leave a part of one that another CTA began, or merge what others hold of mine."""
+    if run.sizes.whole:
+        write(run, state, *place)
+        return
 
     @pl.when(start > 0)
     def _():
-        store_partial(run, run.cta, run.begun_by(run.cut(run.cta) - run.first_page), *state)
+        store_partial(run, run.begun_by(run.cut(run.cta) - run.first_page), *state)
 
     @pl.when((start == 0) & (missing == 0))
     def _():
         write(run, state, *place)
 
-    if not run.sizes.whole:
-
-        @pl.when((start == 0) & (missing > 0))
-        def _():
-            count = run.others(missing)
-            few = count <= FEW if run.sizes.by_rows else True
-            pl.when(few)(functools.partial(merge_tile, run, state, count, *place))
-            if run.sizes.by_rows:
-                pl.when(jnp.logical_not(few))(functools.partial(merge_rows, run, state, count, place[0]))
+    @pl.when((start == 0) & (missing > 0))
+    def _():
+        count = run.others(missing)
+        if run.sizes.compact:
+            merge_rows(run, state, count, place[0])
+        else:
+            merge_tile(run, state, count, *place)
 
 
 def write(run: Run, state: Any, target: Any, tokens: Any) -> None:
@@ -369,13 +367,31 @@ def write(run: Run, state: Any, target: Any, tokens: Any) -> None:
         plgpu.copy_smem_to_gmem(source, refs.out.at[pl.ds(target + t * run.sizes.heads, group)])
 
 
-def store_partial(run: Run, slot: Any, owner: Any, acc: Any, top: Any, total: Any) -> None:
+def store_partial(run: Run, owner: Any, acc: Any, top: Any, total: Any) -> None:
     """Leave a partial result and tell the CTA that began the group."""
-    run.refs.acc[slot, run.mine] = acc
-    run.refs.stat[slot, 0, run.mine] = top
-    run.refs.stat[slot, 1, run.mine] = total
-    if not run.sizes.whole:
-        plgpu.semaphore_signal(run.sems.at[owner * run.sizes.warpgroups + run.wg], memory_scope="gpu")
+    refs, slot = run.refs, run.cta
+    if run.sizes.compact:
+        refs.acc.at[slot][...] = compacted(run, acc)
+    else:
+        refs.acc[slot, run.mine] = acc
+    refs.stat[slot, 0, run.mine] = top
+    refs.stat[slot, 1, run.mine] = total
+    plgpu.semaphore_signal(run.sems.at[owner * run.sizes.warpgroups + run.wg], memory_scope="gpu")
+
+
+def compacted(run: Run, acc: Any) -> Any:
+    """The rows of the tile's only token, spread over all threads: a lone warp holds them in `acc`."""
+    sizes, refs = run.sizes, run.refs
+    refs.acc_s[...] = acc
+    plgpu.commit_smem()
+    rows = refs.acc_s.reshape(WG_ROWS * sizes.width).at[pl.ds(0, sizes.group * sizes.width)]
+    return whole_load(rows, layout=flat_layout(sizes))
+
+
+def flat_layout(sizes: Sizes) -> Any:
+    """Of a compact accumulator."""
+    chunk = sizes.group * sizes.width
+    return plgpu.Layout.WG_STRIDED((chunk,), vec_size=next(n for n in (4, 2, 1) if chunk % (128 * n) == 0))
 
 
 def wait_partials(run: Run, count: Any) -> None:
@@ -407,12 +423,11 @@ def merge_rows(run: Run, state: Any, count: Any, target: Any) -> None:
     """Fold the rows of the tile's only token, with the loads of several partial results in flight."""
     sizes, refs = run.sizes, run.refs
     group, width, chunk = sizes.group, sizes.width, sizes.group * sizes.width
-    store_partial(run, sizes.ctas + run.cta, run.cta, *state)
-    wait_partials(run, count + 1)
-    vector = next(n for n in (4, 2, 1) if chunk % (128 * n) == 0)
-    layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=vector)
+    refs.stat_s[0], refs.stat_s[1] = state[1:]
+    mine = compacted(run, state[0])
+    wait_partials(run, count)
+    layout = flat_layout(sizes)
     owner = lax.div(plgpu.broadcasted_iota(jnp.int32, (chunk,), 0, layout=layout), jnp.int32(width))
-    acc_flat = refs.acc.reshape(sizes.slots * WG_ROWS * width)
     out_flat = refs.out.reshape(sizes.num_tokens * sizes.heads * width)
 
     def by_row(values):
@@ -426,18 +441,16 @@ def merge_rows(run: Run, state: Any, count: Any, target: Any) -> None:
     def fold(k, carry):
         out, stats = carry
         index = [k * MERGE + u for u in range(MERGE)]
-        exists = [u <= count for u in index]
-        where = [jnp.where(u == 0, sizes.ctas + run.cta, run.cta + jnp.minimum(u, count)) for u in index]
-        places = [pl.ds(s * (WG_ROWS * width), chunk) for s in where]
-        pieces = [whole_load(acc_flat.at[place], layout=layout) for place in places]
+        exists = [u < count for u in index]
+        where = [run.cta + 1 + jnp.minimum(u, count - 1) for u in index]
+        pieces = [whole_load(refs.acc.at[slot], layout=layout) for slot in where]
         folded = [fold_statistics(refs.stat, g, where, exists, *old) for g, old in enumerate(stats)]
         factors = [by_row([each[u] for _, _, each in folded]) for u in range(MERGE + 1)]
         out = sum((x * y for x, y in zip(pieces, factors[1:], strict=True)), out * factors[0])
         return out, [(top, total) for top, total, _ in folded]
 
-    nothing = plgpu.layout_cast(jnp.zeros((chunk,), jnp.float32), layout)
-    start = nothing, [(jnp.float32(NEG), jnp.float32(0))] * group
-    out, stats = lax.fori_loop(0, lax.div(count, MERGE) + 1, fold, start)
+    start = mine, [(refs.stat_s[0, g], refs.stat_s[1, g]) for g in range(group)]
+    out, stats = lax.fori_loop(0, lax.div(count + MERGE - 1, MERGE), fold, start)
     out_flat[pl.ds(target * width, chunk)] = (out / by_row([total for _, total in stats])).astype(sizes.dtype)
 
 

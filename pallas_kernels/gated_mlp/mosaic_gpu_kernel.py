@@ -23,6 +23,7 @@ from pallas_kernels.matmul.hopper import (
 
 HALF = TILE // 2  # inner features of a tile: gates and ups are a half of its rows each
 TOKENS = 32  # whose gates and ups are brought together at a time
+COUNTERS = 32  # of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each
 LONG_STAGE_TOKENS = 32  # up to so many, stages of 256 features are deep enough a ring
 
 # [tokens, 32 features] in registers: a warp holds whole rows.
@@ -119,7 +120,7 @@ def proxy_fence(_: Any) -> None:
 def kernel(sizes: Sizes, *references: Any) -> None:
     """The body: a TMA warpgroup and one that computes; a counter tells how many CTAs have stored their tiles."""
     refs = Refs(*references[:10], ring=Ring(*references[10:]))
-    counter = pl.get_global(plgpu.SemaphoreType.REGULAR((1,))).at[0]
+    counter = pl.get_global(plgpu.SemaphoreType.REGULAR((COUNTERS,))).at[0]
     cluster, half, wg = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("wg")
     cta, ctas = cluster * 2 + half, sizes.clusters * 2
     tiles = lax.div(sizes.tiles - cta + ctas - 1, ctas)

@@ -33,6 +33,9 @@ SMALL = (
 LARGE = (
     case("partial results of many CTAs", (1,), (5000,), heads=(8, 2), width=128),
     case("partial results of few CTAs", (1,) * 5, (3000, 900, 64, 1, 2000), heads=(8, 2), width=128),
+    case("partial results of whole tiles", (1, 1), (3000, 70), heads=(2, 1), width=256),
+    case("partial results of a large group", (1,), (5000,), heads=(32, 1), width=128),
+    case("no partial results", (1,) * 40, (300,) * 40, heads=(32, 8), width=128),
     case("few pages", (1, 1), (3, 70), heads=(8, 2), width=128),
     case("odd group", (1, 1), (3000, 70), heads=(9, 3), width=64),
     case("long chunks", (300, 1, 129, 32), (1000, 700, 129, 500), heads=(8, 2), width=128, pad_rows=30),
@@ -80,17 +83,28 @@ def test_lowers_for_cuda(case: Case):
     assert text.count("custom_call @mosaic_gpu") == (2 if max(case.rows) > mosaic_gpu.SHORT else 1)
 
 
-def test_plan_visits_every_page_once():
-    lens, config = jnp.array([130, 1, 0, 700], jnp.int32), hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
+@pytest.mark.parametrize(
+    ("lens", "runs_share_groups"),
+    [
+        ((130, 1, 0, 700), True),
+        ((640, 640, 0, 640), False),  # 6 groups of 10 pages for 7 CTAs
+        ((130, 100, 0, 90), False),  # 6 groups of 2 or 3 pages
+        ((300, 300, 0, 5000), True),
+        ((1, 1, 0, 1), False),
+    ],
+    ids=str,
+)
+def test_plan_visits_every_page_once(lens: tuple[int, ...], runs_share_groups: bool):
+    config = hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
     starts = jnp.array([0, 1, 2, 2, 3], jnp.int32)
-    table = jnp.arange(4 * 12, dtype=jnp.int32).reshape(4, 12)
-    plan = hopper_stream.plan_stream(starts, lens, table, 4, 1, 4, 2, None, config)
+    table = jnp.arange(4 * 80, dtype=jnp.int32).reshape(4, 80)
+    plan = hopper_stream.plan_stream(starts, jnp.array(lens, jnp.int32), table, 4, 1, 4, 2, None, config)
     tiles, runs = np.asarray(plan.tiles).reshape(-1, TILE_WORDS), np.asarray(plan.runs).reshape(7, -1)
     seen = []
     for run in runs.tolist():
         first, start, place, size, touched, last = run[:RUN_WORDS]
         assert run[RUN_WORDS:] == tiles[first // 2].tolist()
-        assert place == 12 * tiles[first // 2, 2] + start
+        assert place == 80 * tiles[first // 2, 2] + start or not size
         left = size
         for group in range(first, first + touched):
             page = start if group == first else 0
@@ -99,9 +113,12 @@ def test_plan_visits_every_page_once():
             left -= pages
             assert left or page + pages == last
         assert left == 0
-    assert seen == [(s, h, p) for s, n in ((0, 3), (1, 1), (3, 11)) for h in range(2) for p in range(n)]
-    assert plan.totals.tolist() == [30, 3]
-    assert max(runs[:, 3]) - min(runs[:, 3]) <= 1
+    pages = [(s, -(-lens[s] // 64)) for s in (0, 1, 3)]
+    assert seen == [(s, h, p) for s, n in pages for h in range(2) for p in range(n)]
+    assert plan.totals.tolist() == [2 * sum(n for _, n in pages), 3]
+    assert runs[:, 1].any() == runs_share_groups
+    if runs_share_groups:
+        assert max(runs[:, 3]) - min(runs[:, 3]) <= 1
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,13 @@ def test_kernel_serves_one_activation():
         mosaic_gpu.check(*shapes(16, 4096, 12288, 4096), jax.nn.gelu, H100_SMS)
 
 
-def test_the_kernel_serves_an_h100_only_and_by_name():
+def test_the_kernel_serves_an_h100_only():
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=H100_SMS, platform="gpu")
     arguments = *shapes(32, 4096, 12288, 4096), jax.nn.silu, product
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         OP.choice("mosaic_gpu", *arguments)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert OP.choice("mosaic_gpu", *arguments) == "mosaic_gpu"
-        assert OP.choice(None, *arguments) == "xla"
+        assert OP.choice(None, *arguments) == "mosaic_gpu"
 
 
 @pytest.mark.gpu

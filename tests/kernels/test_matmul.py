@@ -81,14 +81,13 @@ def test_kernel_names_what_it_cannot_serve(
         mosaic_gpu.check(x, weights, out_dtype)
 
 
-def test_the_kernel_serves_an_h100_only_and_by_name():
+def test_the_kernel_serves_an_h100_only():
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=H100_SMS, platform="gpu")
     shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((32, 4096), (24576, 4096))]
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         OP.choice("mosaic_gpu", *shapes, "bfloat16")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert OP.choice("mosaic_gpu", *shapes, "bfloat16") == "mosaic_gpu"
-        assert OP.choice(None, *shapes, "bfloat16") == "xla"
+        assert OP.choice(None, *shapes, "bfloat16") == "mosaic_gpu"
 
 
 @pytest.mark.gpu
