@@ -475,7 +475,11 @@ def test_requests_arrive_at_the_rate(fake: FakeServer, tmp_path: Path):
 
 def test_an_interruption_reports_what_is_done(fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     fake.interrupt_at = 6
-    found = bench(fake, tmp_path, "--max-concurrency", "1", first=0.05, code=130)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
+    try:
+        found = bench(fake, tmp_path, "--max-concurrency", "1", first=0.05, code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (found["successful"], found["failed"], found["unfinished"]) == (5, 0, 7)
     assert found["output_tokens"] == sum(body["max_tokens"] for body in fake.bodies[:5])
     assert "unfinished requests                7" in capsys.readouterr().out
