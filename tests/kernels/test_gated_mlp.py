@@ -52,7 +52,7 @@ def test_plain_form_matches_numpy(dtype: str):
     assert relative(got, *args) < (1e-6 if dtype == "float32" else 1e-2)
 
 
-@pytest.mark.parametrize("tokens", [2, 4, 24, 64])
+@pytest.mark.parametrize("tokens", [2, 24, 64])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     args = shapes(tokens, *sizes)

@@ -53,7 +53,7 @@ def test_kernel_in_the_interpreter(tokens: int, outputs: int, inputs: int, dtype
     assert relative(got, x, weights) < 4e-3
 
 
-@pytest.mark.parametrize("tokens", [2, 8, 24, 64, 72, 128])
+@pytest.mark.parametrize("tokens", [2, 64, 72])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_kernel_lowers_for_cuda(tokens: int, outputs: int, inputs: int):
     shapes = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((tokens, inputs), (outputs, inputs)))
