@@ -212,6 +212,7 @@ def test_two_processes_compute_together(two: tuple[str, str]):
         assert f"[rank {rank}] stepped" in out
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_without_a_launcher(two: tuple[str, str]):
     """As under a scheduler: each rank is started by someone else, and nobody watches them."""
     mesh, script = two

@@ -57,7 +57,13 @@ def read_until(process: subprocess.Popen, text: str, seconds: float = 60.0) -> l
     return lines
 
 
-@pytest.mark.parametrize("axes", ["{data: 1, model: 2}", "{data: 2, model: 1}"], ids=["shared", "copies"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param("{data: 1, model: 2}", id="shared"),
+        pytest.param("{data: 2, model: 1}", id="copies", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_give_what_one_gives(tmp_path: Path, tiny_model: Path, compilation_cache: str, axes: str):
     with start(tmp_path, tiny_model, axes, "once") as process:
         lines = read_until(process, "TOKENS")

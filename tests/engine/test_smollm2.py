@@ -88,11 +88,14 @@ def check(case: dict[str, Any], output: RequestOutput, tokens: int = 64) -> None
             assert got[token].logprob == pytest.approx(value, abs=TOLERANCE)
 
 
-def test_all_together(llm: Model) -> None:
-    """Whole lengths of all cases, four at a time: joined to a running batch, cut into chunks, preempted."""
-    outputs = llm.generate(PROMPTS, greedy(logprobs=5), use_tqdm=False)
-    for case, output in zip(CASES, outputs, strict=True):
-        check(case, output)
+@pytest.mark.parametrize("shorter", [24, pytest.param(64, marks=pytest.mark.slow)])
+def test_all_together(llm: Model, shorter: int) -> None:
+    """All cases, half of them in whole length, four at a time: joined to a batch, cut into chunks, preempted."""
+    lengths = [64 if number // 4 % 2 == 0 else shorter for number in range(len(CASES))]
+    params = [greedy(length, logprobs=5) for length in lengths]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    for case, output, length in zip(CASES, outputs, lengths, strict=True):
+        check(case, output, tokens=length)
     assert counter(llm, "num_preemptions") > 0
     llm.check_integrity()
 

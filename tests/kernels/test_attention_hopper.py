@@ -71,7 +71,7 @@ def test_interpreted(case: Case):
     assert not np.asarray(got, np.float32)[arrays.cu_q_lens[-1] :].any()
 
 
-@pytest.mark.parametrize("case", [*SMALL, *LARGE[:3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SMALL, LARGE[0], LARGE[2]], ids=lambda case: case.name)
 def test_lowers_for_cuda(case: Case):
     """Checks layouts, TMA boxes and shared memory; that mixed batches write into one array shows in the aliases."""
     _, (q, kv, *rest) = inputs(case)

@@ -122,6 +122,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(cluster: None, config: EngineP
     assert len({row["generated_text"] for row in rows}) > PROMPTS // 4
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_says_so_once(cluster: None, engine_kwargs: dict[str, Any], tmp_path: Path):
     starts = tmp_path / "model"
     starts.mkdir()

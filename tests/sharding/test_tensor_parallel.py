@@ -149,6 +149,7 @@ def same_scores(mine: list, theirs: list) -> None:
             assert entry.rank == pytest.approx(there[token].rank, rel=0.005)  # far down, neighbours are all but equal
 
 
+@pytest.mark.slow
 def test_an_engine_on_two_devices_says_what_one_says(
     large: Path, compilation_cache: str, expected: list[RequestOutput]
 ) -> None:
