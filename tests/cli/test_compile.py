@@ -134,6 +134,7 @@ def test_words_choose_programs(tiny: str):
     assert all(choose(buckets, [word]) for word in command.CHOICES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_programs")
 def test_the_example_for_tpu_machines(tiny_model: Path, compilation_cache: str, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]):  # fmt: skip

@@ -49,8 +49,11 @@ def alone(quick_compilation: None, tiny_model: Path, compilation_cache: str) -> 
 
 @pytest.mark.parametrize(
     ("copies", "options"),
-    [(2, {}), (2, {"decode_steps": 4}), (4, {"num_gpu_blocks_override": 26})],
-    ids=["two", "several decodes", "four, cramped"],
+    [
+        pytest.param(2, {}, id="two", marks=pytest.mark.slow),
+        pytest.param(2, {"decode_steps": 4}, id="several decodes"),
+        pytest.param(4, {"num_gpu_blocks_override": 26}, id="four, cramped"),
+    ],
 )
 def test_copies_give_what_one_gives(alone, tiny_model: Path, compilation_cache: str, copies: int, options: dict):
     tokens, admitted = run(tiny_model, compilation_cache, data_parallel_size=copies, **options)

@@ -117,6 +117,7 @@ def test_helpers_take_over_and_one_of_them_stays(tiny_model: Path):
     assert tracers(GREEDY) == b"ours"
 
 
+@pytest.mark.slow
 def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
     """Head width 64 and one key head per two: all kernels of a Hopper GPU serve."""
     plan = recipe(tiny_model, H100, hidden_size=256, head_dim=64)
