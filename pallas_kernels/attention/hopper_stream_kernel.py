@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import DTypeLike
 
-from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, softmax_step, spread
+from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, WG_THREADS, softmax_step, spread
 
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
 RUN_WORDS = 6  # first (tile, head) group, first page of it, its place, pages in all, groups touched, pages of the last
@@ -384,14 +384,14 @@ def compacted(run: Run, acc: Any) -> Any:
     sizes, refs = run.sizes, run.refs
     refs.acc_s[...] = acc
     plgpu.commit_smem()
-    rows = refs.acc_s.reshape(WG_ROWS * sizes.width).at[pl.ds(0, sizes.group * sizes.width)]
+    rows = refs.acc_s.reshape(WG_ROWS * sizes.width).at[pl.ds(0, *sizes.partial)]
     return whole_load(rows, layout=flat_layout(sizes))
 
 
 def flat_layout(sizes: Sizes) -> Any:
     """Of a compact accumulator."""
-    chunk = sizes.group * sizes.width
-    return plgpu.Layout.WG_STRIDED((chunk,), vec_size=next(n for n in (4, 2, 1) if chunk % (128 * n) == 0))
+    vector = next(n for n in (4, 2, 1) if sizes.partial[0] % (WG_THREADS * n) == 0)
+    return plgpu.Layout.WG_STRIDED(sizes.partial, vec_size=vector)
 
 
 def wait_partials(run: Run, count: Any) -> None:
@@ -422,7 +422,7 @@ def merge_tile(run: Run, state: Any, count: Any, target: Any, tokens: Any) -> No
 def merge_rows(run: Run, state: Any, count: Any, target: Any) -> None:
     """Fold the rows of the tile's only token, with the loads of several partial results in flight."""
     sizes, refs = run.sizes, run.refs
-    group, width, chunk = sizes.group, sizes.width, sizes.group * sizes.width
+    group, width, [chunk] = sizes.group, sizes.width, sizes.partial
     refs.stat_s[0], refs.stat_s[1] = state[1:]
     mine = compacted(run, state[0])
     wait_partials(run, count)
