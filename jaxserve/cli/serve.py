@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxserve.cli import environment, flags, from_environment
+from jaxserve.cli import environment, flags, from_environment, set_up_output
 from jaxserve.config.options import parse_count
 
 DESCRIPTION = """Serve a model over HTTP: OpenAI's completions and chats, with vLLM's additional fields.
@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--profile-dir", metavar="PATH", help="where /start_profile writes traces")
     server.add_argument("--replicas", type=flags.reader(parse_count), default=1, metavar="N",
                         help="processes with a copy of the model each, behind one endpoint (default: 1)")  # fmt: skip
+    server.add_argument("--disable-frontend-multiprocessing", action="store_true",
+                        help="run the engine in a thread rather than a process of its own")  # fmt: skip
     server.add_argument("--exit-with-stdin", action="store_true", help=argparse.SUPPRESS)
     access = parser.add_argument_group("access")
     access.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
@@ -72,9 +74,14 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def run(args: argparse.Namespace) -> int:
-    logging.getLogger("jaxserve").setLevel(logging.INFO)
+def show_logs() -> None:
+    """Say what a server's processes do."""
+    set_up_output(verbose=True)
     logging.getLogger("pallas_kernels").setLevel(logging.INFO)
+
+
+def run(args: argparse.Namespace) -> int:
+    show_logs()
     if args.request_timeout is not None and args.request_timeout <= 0:
         raise flags.UsageError(f"--request-timeout must be above 0 seconds, got {args.request_timeout:g}")
     if args.replicas < 1:
@@ -91,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
             return _route(args, options, ending)
         if args.exit_with_stdin:
             threading.Thread(target=_end_with_stdin, daemon=True).start()
-        return _serve(engine, options, ending)
+        return _serve(engine, options, ending, show_logs)
 
 
-def _serve(engine: Any, options: Any, ending: Any) -> int:
+def _serve(engine: Any, options: Any, ending: Any, prepare: Callable[[], object]) -> int:
     from jaxserve.server.listen import bind, unlink
 
     with bind(options) as bound:  # before anything that takes seconds
@@ -102,7 +109,7 @@ def _serve(engine: Any, options: Any, ending: Any) -> int:
         from jaxserve.server.lifecycle import serve
 
         try:
-            return serve(engine, options, bound, ending)
+            return serve(engine, options, bound, ending, prepare)
         finally:
             unlink(options)
 
@@ -188,4 +195,5 @@ def _options(args: argparse.Namespace) -> Any:
     limits = Limits(args.max_queue_requests, args.max_queue_tokens, args.request_timeout)
     names = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "root_path", "shutdown_timeout",
              "metrics_prefix", "response_role")  # fmt: skip
-    return ServerOptions(app, limits, **{name: getattr(args, name) for name in names})
+    values = {name: getattr(args, name) for name in names}
+    return ServerOptions(app, limits, engine_process=not args.disable_frontend_multiprocessing, **values)

@@ -1,11 +1,9 @@
-"""The engine behind asyncio: a thread runs the steps, generators receive their request's outputs."""
+"""The engine behind asyncio: it runs elsewhere, generators receive their request's outputs."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import itertools
-import queue
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -15,7 +13,9 @@ from typing import Any, no_type_check
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.errors import EngineDeadError
+from jaxserve.engine.loop import Abort, Add, Call, Close, EngineLink, EngineLoop, Futures, Queue, Report, Taken
 from jaxserve.engine.metrics import Metric
+from jaxserve.inputs import make_request
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
@@ -23,81 +23,56 @@ from jaxserve.types import PromptType, Request, RequestOutput
 
 @dataclass(eq=False)
 class _Stream:
-    """Where a request's outputs go; `busy` from the moment one is on its way until the caller waits for the next."""
+    """Where a request's outputs go."""
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue
-    busy: bool = False
-
-    def ready(self) -> bool:
-        return not self.busy
+    taken: Callable[[], None]  # says that nothing is left to take
 
     async def take(self) -> list[Any]:
         """What is there, at least one item."""
         if self.outputs.empty():
-            self.busy = False
+            self.taken()
         items = [await self.outputs.get()]
         while not self.outputs.empty():
             items.append(self.outputs.get_nowait())
         return items
 
 
-@dataclass(frozen=True)
-class _Add:
-    request: Request
-    stream: _Stream
-
-
-@dataclass(frozen=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[[LLMEngine], Any]
-    future: concurrent.futures.Future
-
-    def run(self, engine: LLMEngine) -> None:
-        try:
-            self.future.set_result(self.function(engine))
-        except Exception as error:
-            self.future.set_exception(error)
-
-
 class AsyncLLMEngine:
     """Serve many callers of one event loop (or several) from one engine.
 
-    All calls are thread-safe; the engine itself is touched by its own thread alone.
+    All calls are thread-safe; the engine itself is touched by its own thread alone, here or in another process.
     """
 
-    def __init__(self, engine: LLMEngine):
-        self._engine = engine
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Call | None] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+    def __init__(self, link: EngineLink):
+        """`link` must not have been started."""
+        self._link = link
+        self._streams: dict[int, _Stream] = {}  # by the number of their request
         self._active: set[str] = set()
-        self._arriving = 0  # requests that the engine's thread has not taken up yet
+        self._calls = Futures()
+        self._queue = Queue()  # as last reported
+        self._sent = 0  # requests, which is the number of the last one
+        self._taken: list[int] = []  # by their callers, not told yet
         self._lock = threading.Lock()
         self._ids = itertools.count()
-        self._error: BaseException | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._dead: EngineDeadError | None = None
+        link.start(self._on_report)
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "AsyncLLMEngine":
         """Load the model and start the engine's thread. Raises as `LLMEngine.from_engine_args` does."""
-        return cls(LLMEngine.from_engine_args(engine_args))
+        return cls(EngineLoop(LLMEngine.from_engine_args(engine_args)))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The engine's tokenizer; None with `skip_tokenizer_init`."""
-        return self._engine.tokenizer
+        return self._link.tokenizer
 
     @property
     def config(self) -> EngineConfig:
         """The engine's settings."""
-        return self._engine.config
+        return self._link.config
 
     @no_type_check  # for annotation checkers: whatever a caller passes gets a message of its own
     async def make_request(
@@ -110,7 +85,10 @@ class AsyncLLMEngine:
             EngineDeadError: the engine has failed; the cause is attached.
         """
         self._check_alive()
-        return await asyncio.to_thread(self._engine.make_request, request_id, prompt, sampling_params, **options)
+        config = self.config
+        params = SamplingParams(**config.default_sampling) if sampling_params is None else sampling_params
+        options |= {"tokenizer": self.tokenizer, "config": config}
+        return await asyncio.to_thread(make_request, request_id, prompt, params, **options)
 
     @no_type_check
     async def generate(
@@ -146,15 +124,17 @@ class AsyncLLMEngine:
             EngineDeadError: the engine has failed; the cause is attached.
         """
         key = request.request_id
-        self._check_alive()
+        deltas = request.params.output_kind == RequestOutputKind.DELTA
+        loop = asyncio.get_running_loop()
         with self._lock:
+            self._check_alive()
             if key in self._active:
                 raise ValueError(f"request_id {key!r} is in use by an unfinished request; choose another.")
             self._active.add(key)
-            self._arriving += 1
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        deltas = request.params.output_kind == RequestOutputKind.DELTA
-        self._commands.put(_Add(request, stream))
+            self._sent += 1
+            taken = functools.partial(self._take, self._sent) if deltas else _nothing
+            stream = self._streams[self._sent] = _Stream(loop, asyncio.Queue(), taken)
+            self._link.put(Add(self._sent, request))  # in the order of their numbers
         finished = False
         try:
             while not finished:
@@ -167,20 +147,23 @@ class AsyncLLMEngine:
                     yield item
         finally:
             if not finished:
-                self._commands.put(_Abort(key))
+                self._link.put(Abort(key))
             with self._lock:
                 self._active.discard(key)
 
     async def call[Result](self, function: Callable[[LLMEngine], Result]) -> Result:
         """What `function` returns when the engine's thread calls it, between two steps.
 
+        It must be a function of a module (or made of some with `functools.partial`), which another process can find.
+
         Raises:
             EngineDeadError: the engine has failed; the cause is attached.
             Exception: what the function raises.
         """
-        self._check_alive()
-        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        self._commands.put(_Call(function, future))
+        with self._lock:
+            self._check_alive()
+            number, future = self._calls.new()
+        self._link.put(Call(number, function))
         return await asyncio.wrap_future(future)
 
     @property
@@ -197,112 +180,73 @@ class AsyncLLMEngine:
     @property
     def num_waiting(self) -> int:
         """Sequences that have not begun, or were preempted, and requests that the engine has not taken up yet."""
-        return self._engine.scheduler.num_waiting + self._arriving
+        return self._queue.waiting + self._sent - self._queue.added
 
     @property
     def waiting_tokens(self) -> int:
         """Tokens of the sequences that wait."""
-        return self._engine.scheduler.waiting_tokens
+        return self._queue.waiting_tokens
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its generator yields a last output with `finish_reason="abort"`."""
-        self._commands.put(_Abort(request_id))
+        self._link.put(Abort(request_id))
 
     async def check_health(self) -> None:
         """Raise `EngineDeadError` if the engine cannot serve."""
         self._check_alive()
 
     def _check_alive(self) -> None:
-        if self._error is not None:
-            raise EngineDeadError(f"the engine has failed: {self._error!r}") from self._error
-        if self._closed:
-            raise EngineDeadError("the engine has been shut down")
+        if self._dead is not None:
+            raise EngineDeadError(str(self._dead)) from self._dead.__cause__
 
-    def get_metrics(self) -> list[Metric]:
-        """A snapshot of the engine's metrics."""
-        return self._engine.get_metrics()
+    async def get_metrics(self) -> list[Metric]:
+        """A snapshot of the engine's metrics, made between two steps; raises as `call` and the engine's own do."""
+        return await self.call(LLMEngine.get_metrics)
 
     def shutdown(self) -> None:
         """Abort what runs, stop the thread and free the device memory."""
-        self._closed = True
-        self._commands.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while self._obey():
-                if self._engine.has_unfinished_requests():
-                    self._deliver(self._engine.step())
-        except BaseException as error:
-            self._error = error
-            self._fail(error)
-        else:
-            self._fail(EngineDeadError("the engine has been shut down"))
-            self._engine.close()
-
-    def _obey(self) -> bool:
-        """Carry out waiting commands; sleeps while there is nothing to do. False at shutdown."""
-        idle = not self._engine.has_unfinished_requests()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                command = self._commands.get(block=idle)
-                idle = False
-                if command is None:
-                    return False
-                if isinstance(command, _Abort):
-                    self._deliver(self._engine.abort_request(command.request_id))
-                elif isinstance(command, _Call):
-                    command.run(self._engine)
-                else:
-                    self._add(command)
-        return True
-
-    def _add(self, command: _Add) -> None:
-        key = command.request.request_id
-        self._streams[key] = command.stream
         with self._lock:
-            self._arriving -= 1
-        try:
-            deltas = command.request.params.output_kind == RequestOutputKind.DELTA
-            ready = {"ready": command.stream.ready} if deltas else {}
-            self._engine.add_request(key, command.request, **ready)
-        except (TypeError, ValueError) as error:
-            del self._streams[key]
-            self._send({command.stream: [error]})
+            if self._dead is None:
+                self._dead = EngineDeadError("the engine has been shut down")
+        self._link.put(Close())
+        self._link.join()
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Hand outputs to their streams, with one wake-up an event loop."""
-        found: dict[_Stream, list[RequestOutput | BaseException]] = defaultdict(list)
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.busy = True
-                found[stream].append(output)
-            if output.finished:
-                self._streams.pop(output.request_id, None)
-        self._send(found)
+    def _take(self, number: int) -> None:
+        """A caller waits for its next output: the engine is told with all others of this turn of the event loop."""
+        with self._lock:
+            self._taken.append(number)
+            if len(self._taken) > 1:
+                return
+        asyncio.get_running_loop().call_soon(self._tell_taken)
 
-    def _send(self, items: Mapping[_Stream, list[Any]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, list[Any]]]] = defaultdict(list)
-        for stream, values in items.items():
-            by_loop[stream.loop].append((stream.outputs, values))
-        for loop, deliveries in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(_put_all, deliveries)
+    def _tell_taken(self) -> None:
+        with self._lock:
+            numbers, self._taken = self._taken, []
+        self._link.put(Taken(numbers))
 
-    def _fail(self, error: BaseException) -> None:
-        """Tell every caller, also those whose request is still in the queue."""
-        dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine has failed: {error!r}")
-        dead.__cause__ = None if dead is error else error
-        with contextlib.suppress(queue.Empty):
-            while True:
-                command = self._commands.get_nowait()
-                if isinstance(command, _Add):
-                    self._streams[command.request.request_id] = command.stream
-                elif isinstance(command, _Call):
-                    command.future.set_exception(dead)
-        self._send({stream: [dead] for stream in self._streams.values()})
-        self._streams.clear()
+    def _on_report(self, report: Report) -> None:
+        """Hand out what the engine's side reports; one wake-up an event loop."""
+        self._queue = report.queue
+        found: dict[_Stream, list[RequestOutput | Exception]] = defaultdict(list)
+        with self._lock:
+            for number, output in report.outputs:
+                found[self._streams[number]].append(output)
+                if isinstance(output, Exception) or output.finished:
+                    del self._streams[number]
+            if report.dead is not None:
+                self._dead = report.dead
+                for stream in self._streams.values():
+                    found[stream].append(report.dead)
+                self._streams.clear()
+        for number, value, error in report.results:
+            self._calls.settle(number, value, error)
+        if report.dead is not None:
+            self._calls.fail(report.dead)
+        _send(found)
+
+
+def _nothing() -> None:
+    """For callers who get one output only."""
 
 
 def _joined(items: list[RequestOutput | BaseException]) -> list[RequestOutput | BaseException]:
@@ -310,6 +254,15 @@ def _joined(items: list[RequestOutput | BaseException]) -> list[RequestOutput | 
     deltas = [item for item in items if isinstance(item, RequestOutput)]
     whole = [functools.reduce(RequestOutput.followed_by, deltas)] if deltas else []
     return whole + [item for item in items if not isinstance(item, RequestOutput)]
+
+
+def _send(items: Mapping[_Stream, list[Any]]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, list[Any]]]] = defaultdict(list)
+    for stream, values in items.items():
+        by_loop[stream.loop].append((stream.outputs, values))
+    for loop, deliveries in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(_put_all, deliveries)
 
 
 def _put_all(deliveries: list[tuple[asyncio.Queue, list[Any]]]) -> None:

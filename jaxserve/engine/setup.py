@@ -110,6 +110,12 @@ def _generation_config(args: EngineArgs, path: Path) -> Mapping[str, Any]:
     return own | dict(load_generation_config(args.generation_config, path))
 
 
+def load_tokenizer_of(args: EngineArgs) -> Tokenizer | None:
+    """The tokenizer that an engine with these arguments has; raises `ValueError` as loading the engine does."""
+    path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
+    return _load_tokenizer(args, path)
+
+
 def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:
     if args.skip_tokenizer_init:
         return None

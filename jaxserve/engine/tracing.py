@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are re
 STEPS = "steps"  # folder of programs within one of compiled programs
 UNFINISHED, UNFINISHED_SECONDS = "unfinished-", 3600  # files that a process was writing, unless it was killed
 EXPORT_PLATFORM = {"gpu": "cuda"}  # what `jax.export` calls a platform, where the device says otherwise
+KERNEL_RUNTIME = "jax.experimental.mosaic.gpu.core"  # importing it tells XLA where the library is that kernels call
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
 
@@ -239,6 +241,8 @@ def load_program(blob: bytes, state: State) -> Any:
     notes, _, program = blob.partition(b"\n")
     announce(json.loads(notes))
     exported, tree = jax.export.deserialize(bytearray(program)), jax.tree.structure(state)
+    if EXPORT_PLATFORM["gpu"] in exported.platforms:
+        import_module(KERNEL_RUNTIME)
 
     def call(leaves: tuple[Array, ...], state: State, buffer: Array) -> tuple[State, Array]:
         kept, packed = exported.call(leaves, jax.tree.leaves(state), buffer)

@@ -8,11 +8,12 @@ from fastapi import FastAPI
 from ray import serve
 
 from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.process import TURN_SECONDS
 from jaxserve.ray.config import ServingConfig
 from jaxserve.ray.devices import actor_options, claim_devices, find_device
 from jaxserve.server.app import make_app
 from jaxserve.server.middleware import Keys
-from jaxserve.server.observe import make_registry
+from jaxserve.server.observe import EngineMetrics
 from jaxserve.server.options import AppOptions, Limits
 from jaxserve.server.service import Service
 
@@ -33,7 +34,7 @@ class OpenAIReplica:
     def __init__(self, config: ServingConfig, device: str):
         claim_devices(config, device)
         # As in the server: the engine's thread shares the interpreter with the event loop.
-        sys.setswitchinterval(5e-4)
+        sys.setswitchinterval(TURN_SECONDS)
         self._config = config
         self._engine = AsyncLLMEngine.from_engine_args(config.engine_args())
 
@@ -51,7 +52,7 @@ class OpenAIReplica:
             access_log=False,  # Ray Serve has one
             allowed_origins=config.allowed_origins,
         )
-        return make_app(service, make_registry(engine, config.metrics_prefix), options)
+        return make_app(service, EngineMetrics(engine, config.metrics_prefix), options)
 
     async def check_health(self) -> None:
         """Raise `EngineDeadError` when the engine is dead; Ray Serve then starts another replica."""

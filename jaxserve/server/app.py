@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -12,12 +13,13 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
+from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.middleware import Authenticate, LimitBody, Observe
+from jaxserve.server.observe import EngineMetrics
 from jaxserve.server.options import AppOptions
 from jaxserve.server.protocol import (
     PRINTABLE,
@@ -37,14 +39,14 @@ STARTED = int(time.time())
 RequestId = Annotated[str | None, Header(alias="X-Request-Id", max_length=256, pattern=PRINTABLE)]
 
 
-def make_app(service: Service, registry: CollectorRegistry, options: AppOptions) -> FastAPI:
+def make_app(service: Service, metrics: EngineMetrics, options: AppOptions) -> FastAPI:
     """The ASGI application of one service."""
     schema = "/openapi.json" if options.docs else None
     app = FastAPI(title="jaxserve", version=__version__, openapi_url=schema)
     for kind in (ApiError, ValueError, TypeError, EngineDeadError, HTTPException, RequestValidationError, RuntimeError):
         app.add_exception_handler(kind, _answer_error)
     add_generation(app, service, options)
-    add_information(app, service, registry)
+    add_information(app, service, metrics)
     add_tokens(app, service)
     add_admin(app, service, options)
     if options.allowed_origins:
@@ -58,7 +60,7 @@ def make_app(service: Service, registry: CollectorRegistry, options: AppOptions)
         admin_keys=options.admin_keys,
         admin_routes=ADMIN_ROUTES,
     )
-    app.add_middleware(Observe, registry=registry, access_log=options.access_log)  # type: ignore[arg-type]
+    app.add_middleware(Observe, registry=metrics.registry, access_log=options.access_log)  # type: ignore[arg-type]
     return app
 
 
@@ -135,7 +137,7 @@ def add_generation(app: FastAPI, service: Service, options: AppOptions) -> None:
         return {"aborted": await service.abort(request_id)}
 
 
-def add_information(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+def add_information(app: FastAPI, service: Service, metrics: EngineMetrics) -> None:
     """What load balancers, dashboards and clients ask."""
 
     async def alive() -> Response:
@@ -166,7 +168,7 @@ def add_information(app: FastAPI, service: Service, registry: CollectorRegistry)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -205,10 +207,22 @@ def add_tokens(app: FastAPI, service: Service) -> None:
         return {"prompt": tokenizer().decode(body.tokens, skip_special_tokens=False)}
 
 
-def _profiling(change: Callable[[], None]) -> None:
+def start_trace(folder: str, engine: LLMEngine) -> None:
+    """Begin a profile where the engine is."""
+    jax.profiler.start_trace(folder)
+
+
+def stop_trace(engine: LLMEngine) -> None:
+    """End it and write it."""
+    jax.profiler.stop_trace()
+
+
+async def _profiling(service: Service, change: Callable[[LLMEngine], None]) -> None:
     """Start or stop a trace; 409 where one runs already, or none does."""
     try:
-        change()
+        await service.engine.call(change)
+    except EngineDeadError:
+        raise
     except RuntimeError as error:
         raise ApiError(409, str(error)) from error
 
@@ -218,17 +232,17 @@ def add_admin(app: FastAPI, service: Service, options: AppOptions) -> None:
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> dict[str, bool]:
-        return {"reset": await service.engine.call(lambda engine: engine.reset_prefix_cache())}
+        return {"reset": await service.engine.call(LLMEngine.reset_prefix_cache)}
 
     @app.post("/start_profile")
     async def start_profile() -> dict[str, str]:
         folder = options.profile_folder
         if folder is None:
             raise ApiError(400, "profiling needs a folder: start the server with --profile-dir")
-        _profiling(lambda: jax.profiler.start_trace(folder))
+        await _profiling(service, partial(start_trace, folder))
         return {"folder": folder}
 
     @app.post("/stop_profile")
     async def stop_profile() -> dict[str, str | None]:
-        _profiling(jax.profiler.stop_trace)
+        await _profiling(service, stop_trace)
         return {"folder": options.profile_folder}

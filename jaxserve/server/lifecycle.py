@@ -10,16 +10,18 @@ import sys
 import threading
 from collections.abc import Callable
 
+import jax
 import uvicorn
 
 from jaxserve.config import EngineArgs
 from jaxserve.engine.async_engine import AsyncLLMEngine
 from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.errors import EngineDeadError
+from jaxserve.engine.process import TURN_SECONDS, EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.ending import EarlyEnd
 from jaxserve.server.listen import Server, url
-from jaxserve.server.observe import log_stats, make_registry
+from jaxserve.server.observe import EngineMetrics, log_stats
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.service import Service
 
@@ -37,9 +39,9 @@ class Lifecycle:
     def __init__(self, engine: AsyncLLMEngine, options: ServerOptions, bound: socket.socket):
         self._engine, self._options, self._bound = engine, options, bound
         self._service = Service(engine, options.limits, response_role=options.response_role)
-        registry = make_registry(engine, options.metrics_prefix)
+        metrics = EngineMetrics(engine, options.metrics_prefix)
         config = uvicorn.Config(
-            make_app(self._service, registry, options.app),
+            make_app(self._service, metrics, options.app),
             log_config=None,
             access_log=False,
             root_path=options.root_path,
@@ -112,14 +114,49 @@ class Lifecycle:
                 return
 
 
-def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket, ending: EarlyEnd) -> int:
+def serve(
+    engine_args: EngineArgs,
+    options: ServerOptions,
+    bound: socket.socket,
+    ending: EarlyEnd,
+    prepare: Callable[[], object],
+) -> int:
     """Load the model and serve it on a socket that `bind` made; returns the exit code.
 
-    Signals are `ending`'s business until the model is there. When the server has ended while programs still compile,
-    the process ends in here rather than wait for them.
+    Signals are `ending`'s business until the model is there. The engine has a process of its own, which calls `prepare`
+    first, unless the options say otherwise or this process has joined others that share the engine.
 
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
+    """
+    if options.engine_process and not jax.distributed.is_initialized():
+        return _serve_apart(engine_args, options, bound, ending, prepare)
+    return _serve_here(engine_args, options, bound, ending)
+
+
+def _serve_apart(
+    engine_args: EngineArgs,
+    options: ServerOptions,
+    bound: socket.socket,
+    ending: EarlyEnd,
+    prepare: Callable[[], object],
+) -> int:
+    """Serve with the engine in a process of its own."""
+    process = EngineProcess(engine_args, prepare)
+    ending.first(process.join)
+    try:
+        process.wait_ready()
+        life = Lifecycle(AsyncLLMEngine(process), options, bound)
+        ending.release()
+        return uvicorn_run(life)
+    finally:
+        process.join()
+
+
+def _serve_here(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket, ending: EarlyEnd) -> int:
+    """Serve with the engine in a thread.
+
+    When the server has ended while programs still compile, the process ends in here rather than wait for them.
     """
     with CacheWrites() as writes:
         ending.first(writes.close)
@@ -127,6 +164,8 @@ def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket,
         try:
             life = Lifecycle(engine, options, bound)
             ending.release()
+            # The engine's thread shares the interpreter with the event loop; Python's turns are longer than its steps.
+            sys.setswitchinterval(TURN_SECONDS)
             code = uvicorn_run(life)
         except BaseException:
             engine.shutdown()
@@ -142,8 +181,6 @@ def serve(engine_args: EngineArgs, options: ServerOptions, bound: socket.socket,
 
 def uvicorn_run(life: Lifecycle) -> int:
     """Run a server's life in an event loop of its own, uvloop's where it is installed."""
-    # The engine's thread shares the interpreter with the event loop; Python's 5 ms turns are longer than its steps.
-    sys.setswitchinterval(5e-4)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(life.run())
 

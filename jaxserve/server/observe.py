@@ -1,30 +1,34 @@
 """The engine's metrics for Prometheus, and the line that the log gets every few seconds."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from jaxserve.engine import metrics
 from jaxserve.engine.async_engine import AsyncLLMEngine
+from jaxserve.engine.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
 STATS_SECONDS = 10.0
+ANSWER_SECONDS = 2.0  # that /metrics waits for the engine, which answers between two steps
 
 
 class EngineCollector(Collector):
-    """Reads the engine's own metrics when Prometheus asks; there is no second copy of them.
+    """The engine's metrics as they were last read.
 
     Names are `PREFIX:name`, with the labels `model_name` and `engine` that vLLM's dashboards select by.
     """
 
     def __init__(self, engine: AsyncLLMEngine, prefix: str):
-        self._engine, self._prefix = engine, prefix
+        self._prefix = prefix
+        self.snapshot: list[metrics.Metric] = []
         self._labels = {"model_name": engine.config.served_model_names[0], "engine": "0"}
 
     def describe(self) -> Iterator[Metric]:
@@ -33,10 +37,8 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each name."""
-        if not self._engine.config.log_stats:
-            return
         families: dict[str, Metric] = {}
-        for metric in self._engine.get_metrics():
+        for metric in self.snapshot:
             name = f"{self._prefix}:{metric.name.removeprefix(metrics.PREFIX)}"
             labels = self._labels | metric.labels
             family = families.get(name) or self._family(name, metric, list(labels))
@@ -58,17 +60,28 @@ class EngineCollector(Collector):
         return GaugeMetricFamily(name, text, labels=labels)
 
 
-def make_registry(engine: AsyncLLMEngine, prefix: str) -> CollectorRegistry:
-    """A registry of this server alone."""
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(engine, prefix))
-    return registry
+class EngineMetrics:
+    """All metrics of one server: its engine's, and what its middleware counts in `registry`."""
+
+    def __init__(self, engine: AsyncLLMEngine, prefix: str):
+        self._engine = engine
+        self.registry = CollectorRegistry()
+        self._collector = EngineCollector(engine, prefix)
+        self.registry.register(self._collector)
+
+    async def text(self) -> bytes:
+        """In Prometheus' format; of an engine that is dead or does not answer soon, its last figures."""
+        if self._engine.config.log_stats:
+            with contextlib.suppress(EngineDeadError, TimeoutError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    self._collector.snapshot = await self._engine.get_metrics()
+        return generate_latest(self.registry)
 
 
-def read(engine: AsyncLLMEngine) -> dict[str, float]:
+async def read(engine: AsyncLLMEngine) -> dict[str, float]:
     """The counters and gauges without labels, by their names."""
     found = {}
-    for metric in engine.get_metrics():
+    for metric in await engine.get_metrics():
         if isinstance(metric, metrics.Counter | metrics.Gauge) and not metric.labels:
             found[metric.name.removeprefix(metrics.PREFIX)] = float(metric.value)
     return found
@@ -88,10 +101,10 @@ def stats_line(before: dict[str, float], now: dict[str, float], seconds: float) 
 
 async def log_stats(engine: AsyncLLMEngine, seconds: float = STATS_SECONDS) -> None:
     """Log a line now and then, as long as something happens; runs until it is cancelled."""
-    before, quiet = read(engine), False
+    before, quiet = await read(engine), False
     while True:
         await asyncio.sleep(seconds)
-        now = read(engine)
+        now = await read(engine)
         busy = any(now[name] != before[name] for name in ("prompt_tokens", "generation_tokens"))
         busy = busy or now["num_requests_running"] + now["num_requests_waiting"] > 0
         if busy or not quiet:

@@ -50,6 +50,7 @@ class ServerOptions:
         shutdown_timeout: seconds that running requests may take after the first SIGTERM.
         metrics_prefix: of Prometheus names.
         response_role: of chat answers.
+        engine_process: whether the engine has a process of its own rather than a thread.
     """
 
     app: AppOptions
@@ -64,6 +65,7 @@ class ServerOptions:
     shutdown_timeout: float = 0.0
     metrics_prefix: str = "jaxserve"
     response_role: str = "assistant"
+    engine_process: bool = True
 
 
 def read_keys(given: Sequence[str], files: Sequence[str]) -> list[str]:

@@ -368,7 +368,7 @@ def test_async_generation_cancellation_and_shutdown(
         with pytest.raises(asyncio.CancelledError):
             await waiting
         for _ in range(200):
-            if not engine._engine.has_unfinished_requests():
+            if not await engine.call(LLMEngine.has_unfinished_requests):
                 break
             await asyncio.sleep(0.05)
         assert engine._engine.get_num_unfinished_requests() == 0

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -178,3 +180,44 @@ def test_the_store_tidies_up_after_killed_processes(tmp_path: Path, age: int):
     os.utime(half, (old, old))
     ProgramStore(tmp_path)
     assert half.exists() == (age < 3600)
+
+
+def test_a_program_from_the_store_brings_the_library_of_its_kernels(tiny_model: Path, tmp_path: Path):
+    """A process that traces nothing imports no kernel, but XLA must know what their code links to."""
+    blob = Tracer(recipe(tiny_model, H100))(GREEDY)
+    (tmp_path / "blob").write_bytes(blob)
+    code = (
+        "import sys, jax\n"
+        "from pathlib import Path\n"
+        "from jaxserve.engine.tracing import load_program\n"
+        "before = 'jax.experimental.mosaic.gpu.core' in sys.modules\n"
+        "load_program(Path(sys.argv[1]).read_bytes(), None)\n"
+        "assert (before, 'jax.experimental.mosaic.gpu.core' in sys.modules) == (False, True)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "blob")], check=True, timeout=60)
+
+
+@pytest.mark.gpu
+def test_a_second_start_runs_what_the_first_has_compiled(tiny_model: Path, tmp_path: Path):
+    """The same tokens, from programs and compiled code on disk, in a process that has never imported a kernel."""
+    code = (
+        "import sys\n"
+        "from jaxserve import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], load_format='dummy', skip_tokenizer_init=True, max_model_len=512, seed=0,\n"
+        "          num_gpu_blocks_override=64, max_num_seqs=4, compilation_cache_dir=sys.argv[2])\n"
+        "params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)\n"
+        "prompts = [{'prompt_token_ids': list(range(5, 40))}, {'prompt_token_ids': [7, 8, 9]}]\n"
+        "print([o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('pallas_kernels') and 'hopper' in name))\n"
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((tiny_model / "config.json").read_text()) | {"head_dim": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
+    first, second = (
+        subprocess.run(command, check=True, timeout=200, capture_output=True, text=True).stdout.splitlines()
+        for _ in range(2)
+    )
+    assert first[0] == second[0]
+    assert second[1] == "[]"

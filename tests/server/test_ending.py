@@ -16,6 +16,7 @@ from live import serve
 from jaxserve.engine.tracing import UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+HERE = "--disable-frontend-multiprocessing"  # where the engine is replaced by something else
 SOON = 3.0  # seconds, on a busy machine; it takes a tenth on an idle one
 
 # A process that is `jaxserve serve` up to the engine: the main thread is deep inside C, another one writes a program.
@@ -112,7 +113,7 @@ def busy(tmp_path: Path) -> Sequence[str]:
 def test_whatever_the_main_thread_does(number: int, busy: Sequence[str], tmp_path: Path):
     """It ends at once, but for the file that is being written."""
     place = tmp_path / "socket"
-    with started(*busy, "0.3", "serve", "x", "--uds", str(place), until="loading") as (process, rest):
+    with started(*busy, "0.3", "serve", "x", HERE, "--uds", str(place), until="loading") as (process, rest):
         assert place.exists()
         code, seconds = ends(process, number)
         assert (code, seconds < SOON) == (0, True)
@@ -122,7 +123,7 @@ def test_whatever_the_main_thread_does(number: int, busy: Sequence[str], tmp_pat
 
 
 def test_a_second_signal_waits_for_nothing(busy: Sequence[str]):
-    with started(*busy, "30", "serve", "x", "--port", "0", until="loading") as (process, rest):
+    with started(*busy, "30", "serve", "x", HERE, "--port", "0", until="loading") as (process, rest):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         code, seconds = ends(process, signal.SIGTERM)
@@ -131,7 +132,7 @@ def test_a_second_signal_waits_for_nothing(busy: Sequence[str]):
 
 
 def test_a_write_that_hangs_is_given_up(busy: Sequence[str]):
-    with started(*busy, "30", "serve", "x", "--port", "0", until="loading") as (process, _):
+    with started(*busy, "30", "serve", "x", HERE, "--port", "0", until="loading") as (process, _):
         code, seconds = ends(process, signal.SIGTERM)
         assert (code, seconds < 1 + SOON) == (0, True)
 
@@ -151,7 +152,7 @@ def test_a_model_that_compiles(quick_flags: list[str], tmp_path: Path):
 def test_ending_while_a_request_waits_for_its_program(quick_flags: list[str], tmp_path: Path):
     """The engine's own thread compiles and cannot end the request; its client is told nevertheless."""
     (tmp_path / "slow.py").write_text(SLOW)
-    command = [sys.executable, str(tmp_path / "slow.py"), "serve", "--port", "0", *quick_flags]
+    command = [sys.executable, str(tmp_path / "slow.py"), "serve", HERE, "--port", "0", *quick_flags]
     with serve(command=command) as live, live.http() as http:
         body = {"prompt": "x", "max_tokens": 1, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as stream:

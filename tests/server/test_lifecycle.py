@@ -110,7 +110,8 @@ def test_a_dead_engine_says_why_and_ends_the_server(quick_flags: list[str], tmp_
         "Runner.launch = launch\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, str(program), "serve", "--port", "0", *quick_flags]
+    here = "--disable-frontend-multiprocessing"
+    command = [sys.executable, str(program), "serve", here, "--port", "0", *quick_flags]
     with serve(command=command) as live, live.http() as http:
         answer = http.post("/v1/completions", json=LONG)
         assert answer.status_code == 500
