@@ -6,6 +6,7 @@ from collections.abc import Sequence as Pools
 import numpy as np
 from jaxtyping import Int
 
+from jaxserve.engine.pace import FREE, StreamRules
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.types import Sequence, Work
 
@@ -38,13 +39,13 @@ class Balancer:
         """As `Scheduler.finish`."""
         return self.pools[seq.pool].finish(seq, reason, stop_reason)
 
-    def schedule(self, *, streams_wait: bool = False) -> Plan | None:
-        """Plan the next step of all pools; None if none has anything to compute. `streams_wait` is as for a pool."""
+    def schedule(self, rules: StreamRules = FREE) -> Plan | None:
+        """Plan the next step of all pools; None if none has anything to compute."""
         if len(self.pools) == 1:
-            plan: Plan = [self.pools[0].schedule(streams_wait=streams_wait)]
+            plan: Plan = [self.pools[0].schedule(rules)]
         else:
-            several = all(pool.several_decodes(streams_wait=streams_wait) is not None for pool in self.pools)
-            plan = [pool.schedule(several=several, streams_wait=streams_wait) for pool in self.pools]
+            several = all(pool.several_decodes(rules) is not None for pool in self.pools)
+            plan = [pool.schedule(rules, several=several) for pool in self.pools]
         return None if all(work is None for work in plan) else plan
 
     def commit(self, work: Work, tokens: Int[np.ndarray, "steps S"]) -> list[Sequence]:

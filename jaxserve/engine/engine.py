@@ -124,7 +124,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then finish the one launched before; returns what became due."""
-        plan = self.scheduler.schedule(streams_wait=self._pace.streams_wait)
+        plan = self.scheduler.schedule(self._pace.rules)
         launched = None if plan is None else self.runner.launch(plan)
         previous, self._inflight = self._inflight, launched
         outputs = self._failed()
@@ -132,7 +132,8 @@ class LLMEngine:
             self._pace.pause()
         else:
             finished = list(previous.results())
-            self._pace.step(previous.bucket.steps if previous.bucket.decode_only else 0)
+            bucket = previous.bucket
+            self._pace.step(bucket.steps if bucket.decode_only else 0, bucket.tokens)
             for work, results in finished:
                 gained = self.scheduler.commit(work, results.tokens)
                 outputs += self._outputs.process(work, results, gained)

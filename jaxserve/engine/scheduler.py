@@ -12,6 +12,7 @@ from bisect import insort
 import numpy as np
 from jaxtyping import Int
 
+from jaxserve.engine.pace import FREE, StreamRules
 from jaxserve.engine.pages import Pages, extend_hashes
 from jaxserve.engine.queues import StepRows, WaitingQueue
 from jaxserve.types import Sequence, Status, Work
@@ -105,10 +106,6 @@ class Scheduler:
             )
         self.waiting.push(seq)
 
-    def abort(self, seq: Sequence) -> bool:
-        """End a sequence wherever it stands, also in flight. Returns False if it had ended already."""
-        return self.finish(seq, "abort")
-
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> bool:
         """End a sequence for a reason found outside, such as a stop string. Returns False if it had ended already.
 
@@ -133,19 +130,18 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def schedule(self, *, several: bool = True, streams_wait: bool = False) -> Work | None:
+    def schedule(self, rules: StreamRules = FREE, *, several: bool = True) -> Work | None:
         """Plan the next step: running sequences first, then waiting ones. None if there is nothing to compute.
 
         The lengths advance as if the step had run. With None while sequences are unfinished, either they wait for a
-        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes, also
-        of streams with `streams_wait`.
+        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes.
         """
         rows = StepRows()
-        if several and (planned := self.several_decodes(streams_wait=streams_wait)) is not None:
+        if several and (planned := self.several_decodes(rules)) is not None:
             self._schedule_several(rows, planned)
             return rows.work(self.page_table)
         preemptions = self.num_preemptions
-        budget = self._schedule_running(rows)
+        budget = self._schedule_running(rows, self._step_budget(rules))
         if self.num_preemptions == preemptions:
             self._schedule_waiting(rows, budget)
         return rows.work(self.page_table)
@@ -197,7 +193,7 @@ class Scheduler:
                 self.finish(seq, "length")
                 return
 
-    def several_decodes(self, *, streams_wait: bool = False) -> list[tuple[Sequence, int]] | None:
+    def several_decodes(self, rules: StreamRules) -> list[tuple[Sequence, int]] | None:
         """Every running sequence and how many decodes it takes, if several at once delay nobody; else None.
 
         Streams are delayed unless they may wait that long.
@@ -209,7 +205,7 @@ class Scheduler:
         for seq in self._running:
             left = len(seq.tokens) - seq.num_tokens - seq.num_pending
             if left:
-                if seq.needs_host or (seq.streams and not streams_wait):
+                if seq.needs_host or (seq.streams and not rules.wait):
                     return None
                 if seq.num_tokens + seq.num_pending - seq.num_computed != 1:
                     return None
@@ -231,9 +227,14 @@ class Scheduler:
             seq.num_computed += count - 1
             seq.num_pending += count - 1
 
-    def _schedule_running(self, rows: StepRows) -> int:
+    def _step_budget(self, rules: StreamRules) -> int:
+        """The tokens of a step, fewer beside a stream that decodes."""
+        spared = self._chunked and any(seq.streams and seq.num_computed >= seq.num_prompt for seq in self._running)
+        return rules.budget(self._budget, len(self._running)) if spared else self._budget
+
+    def _schedule_running(self, rows: StepRows, budget: int) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""
-        budget, page_size = self._budget, self.pages.page_size
+        page_size = self.pages.page_size
         for seq in self._running:  # preemption shortens the list at its end only, which this loop allows for
             if not budget:
                 break

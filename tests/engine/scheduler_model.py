@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 
+from jaxserve.engine.pace import FREE
 from jaxserve.engine.pages import Pages
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.sampling_params import SamplingParams
@@ -86,13 +87,13 @@ class Device:
 class Engine:
     """Runs a scheduler `ahead` steps ahead of the host and checks it after every call."""
 
-    def __init__(self, *, num_pages=32, page_size=4, ahead=1, caching=True, streams_wait=False, **options) -> None:
+    def __init__(self, *, num_pages=32, page_size=4, ahead=1, caching=True, rules=FREE, **options) -> None:
         options = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | options
         self.pages = Pages(num_pages, page_size, caching)
         self.scheduler = Scheduler(pages=self.pages, **options)
         self.device = Device(num_pages, page_size, options["max_num_seqs"])
         self.ahead = ahead
-        self.streams_wait = streams_wait
+        self.rules = rules
         self.in_flight: deque[tuple[Work, np.ndarray]] = deque()
         self.sequences: list[Sequence] = []
         self.ended: dict[Sequence, int] = {}
@@ -114,7 +115,7 @@ class Engine:
 
     def launch(self) -> Work | None:
         """Plan and start one step."""
-        work = self.scheduler.schedule(streams_wait=self.streams_wait)
+        work = self.scheduler.schedule(self.rules)
         self._end(self.scheduler.take_failed())
         if work is not None:
             self._check_work(work)
@@ -147,7 +148,7 @@ class Engine:
 
     def end(self, seq: Sequence, reason="abort", stop_reason=None) -> None:
         """Abort, or finish because of a stop string."""
-        done = self.scheduler.abort(seq) if reason == "abort" else self.scheduler.finish(seq, reason, stop_reason)
+        done = self.scheduler.finish(seq, reason, stop_reason)
         assert done == (seq not in self.ended)
         if done:
             self._end([seq])
@@ -185,7 +186,7 @@ class Engine:
             assert work.samples.all()
             for seq, start in zip(work.sequences, work.starts.tolist(), strict=True):
                 assert not seq.needs_host
-                assert not seq.streams or self.streams_wait
+                assert not seq.streams or self.rules.wait
                 assert start < seq.num_computed <= min(start + work.steps, len(seq.pages) * self.pages.page_size)
                 assert seq.num_computed == seq.length - 1
             return

@@ -371,7 +371,7 @@ def test_async_generation_cancellation_and_shutdown(
             if not await engine.call(LLMEngine.has_unfinished_requests):
                 break
             await asyncio.sleep(0.05)
-        assert engine._engine.get_num_unfinished_requests() == 0
+        assert await engine.call(LLMEngine.get_num_unfinished_requests) == 0
 
     asyncio.run(main())
     engine.shutdown()

@@ -222,7 +222,7 @@ def test_abort_at_every_stage(launches, commits):
         engine.commit()
     engine.end(seq)
     assert (seq.finish_reason, seq.slot, seq.pages, seq.num_pending) == ("abort", -1, [], 0)
-    assert not engine.scheduler.abort(seq)
+    assert not engine.scheduler.finish(seq, "abort")
     known = seq.num_tokens
     engine.drain()
     assert (seq.num_tokens, other.finish_reason) == (known, "length")
@@ -379,7 +379,7 @@ def test_many_aborts_leave_no_entries_behind():
     for seq in seqs:
         scheduler.add(seq)
     for seq in seqs[1:]:
-        scheduler.abort(seq)
+        scheduler.finish(seq, "abort")
     scheduler.check_integrity()
     assert scheduler.num_waiting == 1
     assert len(scheduler.waiting._heap) < 100

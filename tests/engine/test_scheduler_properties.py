@@ -5,6 +5,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from scheduler_model import Engine, make_sequence
 
+from jaxserve.engine.pace import StreamRules
+
 MAX_MODEL_LEN = 32
 PROMPT_FAMILIES = 3  # prompts of one family are prefixes of each other
 
@@ -25,7 +27,7 @@ def engines(draw):
         max_num_batched_tokens=draw(st.integers(1, 24)) if chunked else MAX_MODEL_LEN,
         long_prefill_token_threshold=draw(st.integers(0, 6)) if chunked else 0,
         decode_steps=draw(st.sampled_from([1, 1, 2, 3, 8])),
-        streams_wait=draw(st.booleans()),
+        rules=StreamRules(draw(st.booleans()), draw(st.sampled_from([None, None, 1, 4, 8]))),
     )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scheduler_model import Engine, make_sequence
 
 from jaxserve import AsyncLLMEngine, EngineArgs, LLMEngine, RequestOutputKind, SamplingParams
-from jaxserve.engine.pace import STREAM_SECONDS, Pace
+from jaxserve.engine.pace import STREAM_SECONDS, Pace, StreamRules
 from jaxserve.types import RequestOutput
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -35,19 +36,19 @@ class Clock:
 def decodes(pace: Pace, clock: Clock, seconds: float, count: int, each: int = 1) -> None:
     for _ in range(count):
         clock.after(seconds * each)
-        pace.step(each)
+        pace.step(each, 4)
 
 
 @pytest.mark.parametrize(("seconds", "quick"), [(0.001, True), (STREAM_SECONDS / 8 * 1.1, False)])
 def test_the_pace_decides_whether_streams_wait(seconds: float, quick: bool) -> None:
     clock = Clock()
     pace = Pace(8, clock)
-    pace.step(1)
-    assert not pace.streams_wait  # nothing is known yet
+    pace.step(1, 4)
+    assert not pace.rules.wait  # nothing is known yet
     decodes(pace, clock, seconds, 1)
-    assert pace.streams_wait is quick
+    assert pace.rules.wait is quick
     decodes(pace, clock, seconds, 3, each=8)
-    assert pace.streams_wait is quick
+    assert pace.rules.wait is quick
 
 
 def test_the_pace_follows_a_growing_crowd_and_back() -> None:
@@ -55,9 +56,9 @@ def test_the_pace_follows_a_growing_crowd_and_back() -> None:
     pace = Pace(8, clock)
     decodes(pace, clock, 0.001, 5)
     decodes(pace, clock, 0.02, 20)
-    assert not pace.streams_wait
+    assert not pace.rules.wait
     decodes(pace, clock, 0.001, 30)
-    assert pace.streams_wait
+    assert pace.rules.wait
 
 
 def test_prompts_and_pauses_say_nothing_of_decodes() -> None:
@@ -65,11 +66,66 @@ def test_prompts_and_pauses_say_nothing_of_decodes() -> None:
     pace = Pace(8, clock)
     decodes(pace, clock, 0.001, 3)
     clock.after(5)
-    pace.step(0)  # a step with prompts
+    pace.step(0, 4096)  # a step with prompts
     pace.pause()
     clock.after(5)
-    pace.step(1)  # the first after a pause
-    assert pace.streams_wait
+    pace.step(1, 4)  # the first after a pause
+    assert pace.rules.wait
+
+
+def prompts(pace: Pace, clock: Clock, seconds: float, tokens: int, count: int = 1) -> None:
+    for _ in range(count):
+        clock.after(seconds)
+        pace.step(0, tokens)
+
+
+def test_prompts_beside_streams_take_about_as_long_as_decodes() -> None:
+    clock = Clock()
+    pace = Pace(8, clock)
+    decodes(pace, clock, 0.02, 3)
+    assert pace.rules.most_tokens is None  # nothing is known of prompts yet
+    prompts(pace, clock, 0.05, 64)  # so few take as long as a decode: that says nothing
+    assert pace.rules.most_tokens is None
+    prompts(pace, clock, 0.4, 16384)  # 41 tokens a millisecond; two decodes take 40
+    assert pace.rules.most_tokens == 1024
+    decodes(pace, clock, 0.04, 40)
+    assert pace.rules.most_tokens == 2048
+    decodes(pace, clock, 0.001, 60)  # launched eight at a time: 16 ms
+    assert pace.rules.most_tokens == 512
+    prompts(pace, clock, 0.5, 512, 40)  # never fewer than that, however slow
+    assert pace.rules.most_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("rules", "rows", "budget"),
+    [
+        (StreamRules(), 500, 8192),
+        (StreamRules(most_tokens=1024), 10, 1024),
+        (StreamRules(most_tokens=1024), 510, 2048),  # the smallest program with room for a few more sequences
+        (StreamRules(most_tokens=16384), 510, 8192),
+    ],
+)
+def test_the_budget_of_a_step_beside_streams(rules: StreamRules, rows: int, budget: int) -> None:
+    assert rules.budget(8192, rows) == budget
+
+
+def test_streams_are_spared_large_steps_and_others_are_not() -> None:
+    """Prompts arrive beside a sequence that decodes: piece by piece if it streams, all at once if it does not."""
+    for streams in (True, False):
+        sizes = {"num_pages": 400, "max_num_seqs": 8, "max_num_batched_tokens": 1024, "max_model_len": 400}
+        engine = Engine(rules=StreamRules(most_tokens=64), caching=False, **sizes)
+        first = engine.add(make_sequence(list(range(2, 302)), max_tokens=50, name="first", stops=False))
+        first.streams = streams
+        assert engine.launch().total_tokens == 300  # alone it spares nobody
+        for name in "abc":
+            engine.add(make_sequence(list(range(2, 302)), max_tokens=20, name=name))
+        engine.commit()
+        steps = []
+        while (work := engine.launch()) is not None or engine.in_flight:
+            steps += [work.total_tokens] if work is not None else []
+            engine.commit()
+        assert max(steps) == (64 if streams else 901)
+        engine.check_end()
 
 
 def args(model: Path, cache: str, **options: object) -> EngineArgs:
