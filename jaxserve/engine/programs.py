@@ -94,13 +94,18 @@ class Buckets:
         return Bucket(max(tokens, 2), min(self._max_seqs, max(tokens // 2, 1)), level, edits)
 
     def all(self) -> list[Bucket]:
-        """Every common bucket: what greedy requests need before the rest, and small ones first."""
+        """Every common bucket: what greedy requests need before the rest, and small ones first.
+
+        The rest ends with mixed steps of greedy requests alone, which accelerators make a little faster.
+        """
         rare = _sparse(self._decode) if self._accelerator else self._decode
         decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]
         decodes += [(s, Level.SAMPLE) for s in rare]
         found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
-        found |= {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
-        return sorted(found, key=lambda bucket: (bucket.level if bucket.decode_only else Level.GREEDY, bucket))
+        mixed = {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
+        greedy = {self._mixed(tokens, Level.GREEDY, 0) for tokens in self._tokens if self._accelerator}
+        rank = {bucket: Level.GREEDY for bucket in mixed} | {bucket: Level.SAMPLE for bucket in greedy}
+        return sorted(found | mixed | greedy, key=lambda bucket: (rank.get(bucket, bucket.level), bucket))
 
     def essential(self) -> list[Bucket]:
         """The few that cover all common ones: the largest of mixed steps first, which prompts need, then of decodes."""

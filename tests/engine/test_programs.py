@@ -31,6 +31,20 @@ def test_plain_random_sampling_has_its_own_decodes_where_branches_are_dear():
     assert rare == {4, 64}
 
 
+def test_nothing_is_left_to_compile_on_an_accelerator():
+    """Greedy and sampled steps of any size have the program that they would choose, after the warm-up."""
+    buckets = Buckets(300, 2048, 8, accelerator=True)
+    ready = buckets.all()
+    for seqs in (1, 4, 17, 300):
+        for tokens in (seqs + 1, 700, 2048):
+            for level in (Level.GREEDY, Level.DRAW, Level.SAMPLE):
+                assert buckets.choose(tokens, seqs, level, 0) in ready
+        for level in (Level.GREEDY, Level.DRAW):
+            assert {buckets.choose(seqs, seqs, level, 0, steps) for steps in (1, 8)} <= set(ready)
+    mixed = [bucket for bucket in ready if not bucket.decode_only]
+    assert [bucket.level for bucket in mixed] == sorted([bucket.level for bucket in mixed], reverse=True)
+
+
 @pytest.mark.parametrize(
     ("most", "steps", "accelerator"), [(1, 1, False), (5, 4, True), (256, 8, True), (1024, 1, True)]
 )

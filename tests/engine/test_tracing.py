@@ -212,7 +212,7 @@ def test_a_second_start_runs_what_the_first_has_compiled(tiny_model: Path, tmp_p
     )
     folder = tmp_path / "model"
     folder.mkdir()
-    config = json.loads((tiny_model / "config.json").read_text()) | {"head_dim": 64}
+    config = json.loads((tiny_model / "config.json").read_text()) | {"head_dim": 64, "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
     first, second = (
