@@ -104,7 +104,7 @@ class Buckets:
         found = {self.choose(s, s, level, 0, steps) for s, level in decodes for steps in (1, self._steps)}
         mixed = {self._mixed(tokens, Level.SAMPLE, MIN_EDITS) for tokens in self._tokens}
         greedy = {self._mixed(tokens, Level.GREEDY, 0) for tokens in self._tokens if self._accelerator}
-        rank = {bucket: Level.GREEDY for bucket in mixed} | {bucket: Level.SAMPLE for bucket in greedy}
+        rank = dict.fromkeys(mixed, Level.GREEDY) | dict.fromkeys(greedy, Level.SAMPLE)
         return sorted(found | mixed | greedy, key=lambda bucket: (rank.get(bucket, bucket.level), bucket))
 
     def essential(self) -> list[Bucket]:
