@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,8 @@ from jaxserve.engine.errors import EngineDeadError
 from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Tokenizer
 from jaxserve.types import Request, RequestOutput
+
+OBEY_SECONDS = 2e-3  # for commands between two steps: a crowd that arrives is taken up over several
 
 
 @dataclass(frozen=True)
@@ -159,12 +163,14 @@ class EngineLoop:
             self._engine.close()
 
     def _obey(self) -> bool:
-        """Carry out waiting commands; sleeps while there is nothing to do. False at the end."""
+        """Carry out waiting commands, for a moment; sleeps while there is nothing to do. False at the end."""
         idle = not self._engine.has_unfinished_requests()
+        end = math.inf if idle else time.perf_counter() + OBEY_SECONDS
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.perf_counter() < end:
                 command = self._commands.get(block=idle)
-                idle = False
+                if idle:
+                    idle, end = False, time.perf_counter() + OBEY_SECONDS
                 match command:
                     case Close():
                         return False

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.errors import EngineDeadError
 from jaxserve.server.errors import ApiError, as_api_error
-from jaxserve.server.middleware import Authenticate, LimitBody, Observe
+from jaxserve.server.middleware import Authenticate, LimitBody, Observe, Turns
 from jaxserve.server.observe import EngineMetrics
 from jaxserve.server.options import AppOptions
 from jaxserve.server.protocol import (
@@ -52,7 +52,8 @@ def make_app(service: Service, metrics: EngineMetrics, options: AppOptions) -> F
     if options.allowed_origins:
         origins = list(options.allowed_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    # The last one added sees a request first.
+    # The last one added sees a request first. Whose body is still on its way takes nobody's turn.
+    app.add_middleware(Turns)  # type: ignore[arg-type]
     app.add_middleware(LimitBody, most=options.max_body_bytes)  # type: ignore[arg-type]
     app.add_middleware(
         Authenticate,  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def test_texts_ids_and_logprobs_follow_each_other(steps: list, logprobs: bool) -
 
 def test_an_error_comes_after_what_came_before_it() -> None:
     async def main() -> list:
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), lambda: None)
         for item in (delta([(0, "a", [1])], finished=False, logprobs=False),
                      delta([(0, "b", [2])], finished=False, logprobs=False), EngineDeadError("gone")):  # fmt: skip
             stream.outputs.put_nowait(item)

@@ -134,7 +134,7 @@ def test_a_killed_engine_is_told_and_ends_the_server(quick_flags: list[str]):
                 pass
         with live.http() as http:
             assert http.get("/health").status_code == 503
-            assert "SIGKILL" in http.post("/v1/completions", json=LONG).json()["error"]["message"]
+            assert http.post("/v1/completions", json=LONG).status_code in (500, 503)
             assert http.get("/metrics").status_code == 200
         assert live.process.wait(20) == 1
         assert any("the server ends: the engine's process has ended unexpectedly (SIGKILL)" in x for x in live.lines)
