@@ -8,7 +8,9 @@ whatever it is doing: then whoever started it is gone.
 import contextlib
 import gc
 import json
+import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -16,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,6 +29,8 @@ from jaxserve.engine.loop import Add, Command, EngineLoop, Queue, Report
 from jaxserve.engine.setup import load_tokenizer_of
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, RequestOutput
+
+logger = logging.getLogger(__name__)
 
 START = """
 import json, sys
@@ -142,7 +145,7 @@ def _row(output: RequestOutput) -> tuple[Any, ...]:
 
 def unpack(packed: tuple[Any, ...], prompts: dict[int, tuple[str, str | None, list[int]]]) -> Report:
     """The report that `pack` packed; prompts of requests that have ended are removed."""
-    queue, rows, results, dead = packed
+    state, rows, results, dead = packed
     outputs: list[tuple[int, RequestOutput | Exception]] = []
     for number, item in rows:
         if isinstance(item, Exception):
@@ -154,7 +157,7 @@ def unpack(packed: tuple[Any, ...], prompts: dict[int, tuple[str, str | None, li
         outputs.append((number, RequestOutput(*prompts[number], made, finished, *rest)))
         if finished:
             del prompts[number]
-    return Report(queue, outputs, results, None if dead is None else EngineDeadError(dead))
+    return Report(state, outputs, results, None if dead is None else EngineDeadError(dead))
 
 
 def main(descriptor: int) -> None:
@@ -178,7 +181,7 @@ def main(descriptor: int) -> None:
         plain = replace(config, kernels=dict(config.kernels), default_sampling=dict(config.default_sampling))
         connection.send(plain)  # views of dicts cannot be sent
         loop = EngineLoop(engine)
-        loop.start(partial(_tell, connection))
+        loop.start(_Reports(connection).put)
         commands.give(loop.put)
         commands.wait_end()
 
@@ -188,16 +191,34 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _tell(connection: Connection, report: Report) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more, and this process ends
-        connection.send(pack(report))
-
-
 def _portable(error: BaseException) -> Exception:
     """An exception for the other side: itself where that is sure to work, or one that says the same."""
     if isinstance(error, Exception) and type(error).__module__.partition(".")[0] in ("builtins", "jaxserve"):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Reports:
+    """Sends reports in a thread, so that a server that is slow to read them holds up no step."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._waiting: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True, name="reports").start()
+
+    def put(self, report: Report) -> None:
+        """Send it after those before."""
+        self._waiting.put(report)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                self._connection.send(pack(self._waiting.get()))
+        except OSError:
+            return  # nobody listens any more, and this process ends
+        except Exception:
+            logger.exception("a report could not be sent")
+            os._exit(1)  # or everybody would wait for ever
 
 
 class _Commands:

@@ -18,7 +18,7 @@ from live import serve
 from jaxserve.checks import ParameterError
 from jaxserve.engine.errors import EngineDeadError
 from jaxserve.engine.loop import Queue, Report
-from jaxserve.engine.process import _portable, pack, unpack
+from jaxserve.engine.process import _portable, _Reports, pack, unpack
 from jaxserve.types import CompletionOutput, Logprob, RequestOutput
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -101,6 +101,18 @@ def test_exceptions_that_may_not_travel_are_told():
     assert repr(_portable(SystemExit(3))) == "RuntimeError('SystemExit: 3')"
     refused = ParameterError("x", parameter="n")
     assert _portable(refused) is refused
+
+
+def test_a_reader_that_sleeps_holds_up_nobody():
+    """Many times what the pipe holds is put in no time, and arrives in order when it is read."""
+    near, far = Pipe()
+    reports = _Reports(near)
+    start = time.monotonic()
+    for number in range(300):
+        reports.put(Report(Queue(number), [(number, ValueError("x" * 10_000))]))
+    assert time.monotonic() - start < 1
+    prompts = {number: ("", None, [1]) for number in range(300)}
+    assert [unpack(far.recv(), prompts).queue.added for _ in range(300)] == list(range(300))
 
 
 def children(pid: int) -> list[int]:
