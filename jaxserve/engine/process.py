@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from jaxserve.config import EngineArgs, EngineConfig
@@ -68,6 +70,14 @@ class EngineProcess:
             Exception: what loading raised.
             EngineDeadError: the process has ended.
         """
+        files = self._args.model, self._args.tokenizer
+        local = all(name is None or Path(name).exists() for name in files)  # else the process downloads them first
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+            early = pool.submit(load_tokenizer_of, self._args) if local else None
+            self.config = self._first_answer()
+            self.tokenizer = load_tokenizer_of(self._args) if early is None else early.result()
+
+    def _first_answer(self) -> EngineConfig:
         try:
             answer = self._socket.recv()
         except (OSError, EOFError):
@@ -76,8 +86,7 @@ class EngineProcess:
             raise self._ended() from None
         if isinstance(answer, Exception):
             raise answer
-        self.config = answer
-        self.tokenizer = load_tokenizer_of(self._args)
+        return answer
 
     def start(self, report: Callable[[Report], object]) -> None:
         """Begin to report, from a thread of this process."""
