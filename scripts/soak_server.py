@@ -56,9 +56,10 @@ def read(text: str, name: str) -> float:
 
 
 def resident(process: subprocess.Popen) -> int:
-    """Bytes of memory the server holds."""
-    text = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.findall(r"VmRSS:\s+(\d+) kB", text)[0]) * 1024
+    """Bytes of memory that the server and its engine hold."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in (process.pid, *listed.split())]
+    return sum(int(kib) for text in texts for kib in re.findall(r"VmRSS:\s+(\d+) kB", text)) * 1024
 
 
 def body(rng: random.Random) -> dict:

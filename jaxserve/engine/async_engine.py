@@ -6,7 +6,7 @@ import functools
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -19,6 +19,8 @@ from jaxserve.inputs import make_request
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
+
+SHORT = 1000  # characters or tokens, which take about 0.2 ms
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ class AsyncLLMEngine:
     async def make_request(
         self, request_id: str, prompt: PromptType, sampling_params: SamplingParams | None = None, **options: Any
     ) -> Request:
-        """Check and tokenise a prompt in another thread; it can then be given to `run`.
+        """Check and tokenise a prompt, a long one in another thread; it can then be given to `run`.
 
         Raises:
             TypeError, ValueError: a bad prompt or bad parameters.
@@ -88,6 +90,8 @@ class AsyncLLMEngine:
         config = self.config
         params = SamplingParams(**config.default_sampling) if sampling_params is None else sampling_params
         options |= {"tokenizer": self.tokenizer, "config": config}
+        if _size(prompt) <= SHORT:  # going to a thread and back takes as long
+            return make_request(request_id, prompt, params, **options)
         return await asyncio.to_thread(make_request, request_id, prompt, params, **options)
 
     @no_type_check
@@ -243,6 +247,12 @@ class AsyncLLMEngine:
         if report.dead is not None:
             self._calls.fail(report.dead)
         _send(found)
+
+
+def _size(prompt: PromptType) -> int:
+    """Characters or tokens that checking a prompt goes through."""
+    parts = prompt.values() if isinstance(prompt, Mapping) else [prompt]
+    return sum(len(part) for part in parts if isinstance(part, Sized))
 
 
 def _nothing() -> None:

@@ -40,7 +40,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from jaxserve.engine.process import main
 main(int(sys.argv[2]))
 """
-END_SECONDS = 2.0  # for the process to end by itself
+END_SECONDS = 1.5  # for the process to end by itself, what it writes into the compilation cache included
 TURN_SECONDS = 5e-4  # of Python's threads; its own 5 ms are longer than steps
 
 

@@ -101,12 +101,14 @@ def stats_line(before: dict[str, float], now: dict[str, float], seconds: float) 
 
 async def log_stats(engine: AsyncLLMEngine, seconds: float = STATS_SECONDS) -> None:
     """Log a line now and then, as long as something happens; runs until it is cancelled."""
-    before, quiet = await read(engine), False
-    while True:
-        await asyncio.sleep(seconds)
-        now = await read(engine)
-        busy = any(now[name] != before[name] for name in ("prompt_tokens", "generation_tokens"))
-        busy = busy or now["num_requests_running"] + now["num_requests_waiting"] > 0
-        if busy or not quiet:
-            logger.info("%s", stats_line(before, now, seconds))
-        before, quiet = now, not busy
+    quiet = False
+    with contextlib.suppress(EngineDeadError):  # the server ends, and says why
+        before = await read(engine)
+        while True:
+            await asyncio.sleep(seconds)
+            now = await read(engine)
+            busy = any(now[name] != before[name] for name in ("prompt_tokens", "generation_tokens"))
+            busy = busy or now["num_requests_running"] + now["num_requests_waiting"] > 0
+            if busy or not quiet:
+                logger.info("%s", stats_line(before, now, seconds))
+            before, quiet = now, not busy
