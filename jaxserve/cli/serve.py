@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
             return _route(args, options, ending)
         if args.exit_with_stdin:
             threading.Thread(target=_end_with_stdin, daemon=True).start()
-        return _serve(engine, options, ending, show_logs)
+        return _serve(engine, options, ending)
 
 
-def _serve(engine: Any, options: Any, ending: Any, prepare: Callable[[], object]) -> int:
+def _serve(engine: Any, options: Any, ending: Any) -> int:
     from jaxserve.server.listen import bind, unlink
 
     with bind(options) as bound:  # before anything that takes seconds
@@ -109,7 +109,7 @@ def _serve(engine: Any, options: Any, ending: Any, prepare: Callable[[], object]
         from jaxserve.server.lifecycle import serve
 
         try:
-            return serve(engine, options, bound, ending, prepare)
+            return serve(engine, options, bound, ending, show_logs)
         finally:
             unlink(options)
 

@@ -20,7 +20,7 @@ from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Tokenizer
 from jaxserve.types import PromptType, Request, RequestOutput
 
-SHORT = 1000  # characters or tokens, which take about 0.2 ms
+SHORT = 1000  # characters or tokens, for which going to a thread and back is not worth while
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class AsyncLLMEngine:
         self._calls = Futures()
         self._queue = Queue()  # as last reported
         self._sent = 0  # requests, which is the number of the last one
-        self._taken: list[int] = []  # by their callers, not told yet
+        self._taken: dict[asyncio.AbstractEventLoop, list[int]] = {}  # by their callers in this turn of a loop
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._dead: EngineDeadError | None = None
@@ -87,12 +87,10 @@ class AsyncLLMEngine:
             EngineDeadError: the engine has failed; the cause is attached.
         """
         self._check_alive()
-        config = self.config
-        params = SamplingParams(**config.default_sampling) if sampling_params is None else sampling_params
-        options |= {"tokenizer": self.tokenizer, "config": config}
-        if _size(prompt) <= SHORT:  # going to a thread and back takes as long
-            return make_request(request_id, prompt, params, **options)
-        return await asyncio.to_thread(make_request, request_id, prompt, params, **options)
+        options |= {"tokenizer": self.tokenizer, "config": self.config}
+        if _size(prompt) <= SHORT:
+            return make_request(request_id, prompt, sampling_params, **options)
+        return await asyncio.to_thread(make_request, request_id, prompt, sampling_params, **options)
 
     @no_type_check
     async def generate(
@@ -217,16 +215,15 @@ class AsyncLLMEngine:
 
     def _take(self, number: int) -> None:
         """A caller waits for its next output: the engine is told with all others of this turn of the event loop."""
-        with self._lock:
-            self._taken.append(number)
-            if len(self._taken) > 1:
-                return
-        asyncio.get_running_loop().call_soon(self._tell_taken)
+        loop = asyncio.get_running_loop()
+        if loop in self._taken:  # only its own thread asks for it
+            self._taken[loop].append(number)
+        else:
+            self._taken[loop] = [number]
+            loop.call_soon(self._tell_taken, loop)
 
-    def _tell_taken(self) -> None:
-        with self._lock:
-            numbers, self._taken = self._taken, []
-        self._link.put(Taken(numbers))
+    def _tell_taken(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._link.put(Taken(self._taken.pop(loop)))
 
     def _on_report(self, report: Report) -> None:
         """Hand out what the engine's side reports; one wake-up an event loop."""
@@ -238,7 +235,7 @@ class AsyncLLMEngine:
                 if isinstance(output, Exception) or output.finished:
                     del self._streams[number]
             if report.dead is not None:
-                self._dead = report.dead
+                self._dead = self._dead or report.dead  # the first says why
                 for stream in self._streams.values():
                     found[stream].append(report.dead)
                 self._streams.clear()

@@ -64,7 +64,6 @@ class LLMEngine:
         self, request_id: str, prompt: PromptType, params: SamplingParams | None = None, **options: Any
     ) -> Request:
         """Check and tokenise one prompt without queueing it; see `jaxserve.inputs.make_request` for the options."""
-        params = SamplingParams(**self.config.default_sampling) if params is None else params
         return make_request(request_id, prompt, params, tokenizer=self.tokenizer, config=self.config, **options)
 
     @no_type_check

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -17,7 +16,8 @@ from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.text import Tokenizer
 from jaxserve.types import Request, RequestOutput
 
-OBEY_SECONDS = 2e-3  # for commands between two steps: a crowd that arrives is taken up over several
+ADD_SECONDS = 2e-3  # for new requests between two steps: a crowd that arrives is taken up over several
+TURN_SECONDS = 5e-4  # of threads that share an interpreter with an engine or a server; Python's own are 5 ms
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class EngineLoop:
         self._engine = engine
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self._commands: queue.SimpleQueue[Add | Abort | Call | Close] = queue.SimpleQueue()
+        self._arrived: dict[str, Add] = {}  # not taken up yet, by id, in order
         self._numbers: dict[str, int] = {}  # of the requests that are here, by id
         self._busy: set[int] = set()  # those with an output that its caller has not taken; threads share it
         self._added = 0
@@ -163,23 +164,29 @@ class EngineLoop:
             self._engine.close()
 
     def _obey(self) -> bool:
-        """Carry out waiting commands, for a moment; sleeps while there is nothing to do. False at the end."""
-        idle = not self._engine.has_unfinished_requests()
-        end = math.inf if idle else time.perf_counter() + OBEY_SECONDS
+        """Carry out waiting commands, and take up requests for a moment; sleeps while there is nothing to do.
+
+        False at the end.
+        """
+        idle = not self._engine.has_unfinished_requests() and not self._arrived
         with contextlib.suppress(queue.Empty):
-            while time.perf_counter() < end:
+            while True:
                 command = self._commands.get(block=idle)
-                if idle:
-                    idle, end = False, time.perf_counter() + OBEY_SECONDS
+                idle = False
                 match command:
                     case Close():
                         return False
                     case Abort(request_id):
+                        if request_id in self._arrived:
+                            self._add(request_id)
                         self._deliver(self._engine.abort_request(request_id))
                     case Call(number, function):
                         self._results.append((number, *self._call(function)))
-                    case Add(number, request):
-                        self._add(number, request)
+                    case Add(_, request):
+                        self._arrived[request.request_id] = command
+        end = time.perf_counter() + ADD_SECONDS
+        while self._arrived and time.perf_counter() < end:
+            self._add(next(iter(self._arrived)))
         return True
 
     def _call(self, function: Callable[[LLMEngine], Any]) -> tuple[Any, Exception | None]:
@@ -188,8 +195,10 @@ class EngineLoop:
         except Exception as error:
             return None, error
 
-    def _add(self, number: int, request: Request) -> None:
-        key = request.request_id
+    def _add(self, key: str) -> None:
+        """Take up a request that has arrived."""
+        arrived = self._arrived.pop(key)
+        number, request = arrived.number, arrived.request
         self._added += 1
         deltas = request.params.output_kind is RequestOutputKind.DELTA
         ready = {"ready": lambda: number not in self._busy} if deltas else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 STREAM_SECONDS = 0.03  # what a stream may wait for several tokens at once: more often than that, nobody sees
 STALL = 2.0  # steps with prompts between two decodes of a stream take at most so many times a launch of decodes
 LEAST_TOKENS = 512  # of such a step: accelerators need most of the time for fewer, too
-NEW_ROWS = 32
+NEW_ROWS = 32  # sequences beside those that run, half of which may begin without a larger program
 WEIGHT = 0.2  # of the newest step
 
 

@@ -27,7 +27,7 @@ from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.errors import EngineDeadError
-from jaxserve.engine.loop import Add, Command, EngineLoop, Queue, Report
+from jaxserve.engine.loop import TURN_SECONDS, Add, Command, EngineLoop, Queue, Report
 from jaxserve.engine.setup import load_tokenizer_of
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, RequestOutput
@@ -41,7 +41,6 @@ from jaxserve.engine.process import main
 main(int(sys.argv[2]))
 """
 END_SECONDS = 1.5  # for the process to end by itself, what it writes into the compilation cache included
-TURN_SECONDS = 5e-4  # of Python's threads; its own 5 ms are longer than steps
 
 
 class EngineProcess:
@@ -124,6 +123,8 @@ class EngineProcess:
                 report(found)
         except (OSError, EOFError):
             report(Report(last, dead=self._ended()))
+        except Exception as error:
+            report(Report(last, dead=EngineDeadError(f"a report of the engine cannot be read: {error!r}")))
 
     def _ended(self) -> EngineDeadError:
         if self._closed:
@@ -137,7 +138,7 @@ class EngineProcess:
 
 
 def pack(report: Report) -> tuple[Any, ...]:
-    """A report without what the other side knows, as plain tuples, which take a third of the time of outputs."""
+    """A report without what the other side knows, as plain tuples, which are quicker to send than outputs."""
     outputs = [(number, item if isinstance(item, Exception) else _row(item)) for number, item in report.outputs]
     dead = None if report.dead is None else str(report.dead)
     return report.queue, outputs, report.results, dead

@@ -96,7 +96,7 @@ class Buckets:
     def all(self) -> list[Bucket]:
         """Every common bucket: what greedy requests need before the rest, and small ones first.
 
-        The rest ends with mixed steps of greedy requests alone, which accelerators make a little faster.
+        The rest ends with mixed steps of greedy requests alone, for which those that sample would do.
         """
         rare = _sparse(self._decode) if self._accelerator else self._decode
         decodes = [(s, level) for s in self._decode for level in (Level.GREEDY, Level.DRAW)]

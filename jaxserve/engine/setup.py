@@ -47,7 +47,7 @@ def build_parts(args: EngineArgs, when_following: Callable[[], object] | None = 
         ValueError: an argument, the model's files or the memory do not fit.
     """
     show_messages()
-    path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
+    path = _find_model(args)
     hf_config = merge_overrides(read_hf_config(path), args.hf_overrides)
     set_memory_fraction(args.gpu_memory_utilization)
     devices = jax.devices()
@@ -112,8 +112,11 @@ def _generation_config(args: EngineArgs, path: Path) -> Mapping[str, Any]:
 
 def load_tokenizer_of(args: EngineArgs) -> Tokenizer | None:
     """The tokenizer that an engine with these arguments has; raises `ValueError` as loading the engine does."""
-    path = find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
-    return _load_tokenizer(args, path)
+    return _load_tokenizer(args, _find_model(args))
+
+
+def _find_model(args: EngineArgs) -> Path:
+    return find_model(args.model, revision=args.revision, token=args.hf_token, download_dir=args.download_dir)
 
 
 def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from jaxserve.engine.async_engine import AsyncLLMEngine
-from jaxserve.engine.process import TURN_SECONDS
+from jaxserve.engine.loop import TURN_SECONDS
 from jaxserve.ray.config import ServingConfig
 from jaxserve.ray.devices import actor_options, claim_devices, find_device
 from jaxserve.server.app import make_app

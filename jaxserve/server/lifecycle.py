@@ -17,7 +17,8 @@ from jaxserve.config import EngineArgs
 from jaxserve.engine.async_engine import AsyncLLMEngine
 from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.errors import EngineDeadError
-from jaxserve.engine.process import TURN_SECONDS, EngineProcess
+from jaxserve.engine.loop import TURN_SECONDS
+from jaxserve.engine.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.ending import EarlyEnd
 from jaxserve.server.listen import Server, url
@@ -129,19 +130,8 @@ def serve(
     Raises:
         ValueError: an argument, the model's files or the memory do not fit.
     """
-    if options.engine_process and not jax.distributed.is_initialized():
-        return _serve_apart(engine_args, options, bound, ending, prepare)
-    return _serve_here(engine_args, options, bound, ending)
-
-
-def _serve_apart(
-    engine_args: EngineArgs,
-    options: ServerOptions,
-    bound: socket.socket,
-    ending: EarlyEnd,
-    prepare: Callable[[], object],
-) -> int:
-    """Serve with the engine in a process of its own."""
+    if not options.engine_process or jax.distributed.is_initialized():
+        return _serve_here(engine_args, options, bound, ending)
     process = EngineProcess(engine_args, prepare)
     ending.first(process.join)
     try:
@@ -164,8 +154,6 @@ def _serve_here(engine_args: EngineArgs, options: ServerOptions, bound: socket.s
         try:
             life = Lifecycle(engine, options, bound)
             ending.release()
-            # The engine's thread shares the interpreter with the event loop; Python's turns are longer than its steps.
-            sys.setswitchinterval(TURN_SECONDS)
             code = uvicorn_run(life)
         except BaseException:
             engine.shutdown()
@@ -181,6 +169,8 @@ def _serve_here(engine_args: EngineArgs, options: ServerOptions, bound: socket.s
 
 def uvicorn_run(life: Lifecycle) -> int:
     """Run a server's life in an event loop of its own, uvloop's where it is installed."""
+    # The thread with the engine, or with its reports, shares the interpreter with the event loop.
+    sys.setswitchinterval(TURN_SECONDS)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(life.run())
 

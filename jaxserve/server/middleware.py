@@ -106,7 +106,7 @@ class LimitBody:
 class Turns:
     """Lets a few requests begin in each turn of the event loop, so that a crowd does not hold up everybody's events.
 
-    Reading and checking one takes about half a millisecond.
+    Reading and checking each keeps the loop busy.
     """
 
     def __init__(self, app: App):

@@ -32,7 +32,7 @@ def test_plain_random_sampling_has_its_own_decodes_where_branches_are_dear():
 
 
 def test_nothing_is_left_to_compile_on_an_accelerator():
-    """Greedy and sampled steps of any size have the program that they would choose, after the warm-up."""
+    """Mixed steps, and decodes that are greedy or plainly random, have their own program after the warm-up."""
     buckets = Buckets(300, 2048, 8, accelerator=True)
     ready = buckets.all()
     for seqs in (1, 4, 17, 300):
