@@ -12,8 +12,9 @@ from jaxserve.batch import Bucket, Limits, State
 from jaxserve.checks import require
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.memory import MemoryPlan, estimate_working, plan_memory
-from jaxserve.engine.programs import Buckets, StepCompiler
+from jaxserve.engine.programs import Buckets
 from jaxserve.engine.step import ScoreMode
+from jaxserve.engine.step_compiler import StepCompiler
 from jaxserve.engine.tracing import ProgramStore, Recipe, state_shapes
 from jaxserve.weights import ModelPlan
 from pallas_kernels import all_reduce, attention, gated_mlp, kv_write, matmul, rope_kv_write, top_k_top_p
@@ -83,16 +84,12 @@ class Blueprint:
 
     def compiler(self, trace: Callable[[Bucket], bytes], store: ProgramStore | None) -> StepCompiler:
         """Makes its programs from what `trace` exports; keeps exported ones in `store` if they have names."""
-        return StepCompiler(
-            tuple(self.model.parameters.values()),
-            self.state,
-            self.limits,
-            self.model.mesh,
-            trace,
-            self.recipe.digest,
-            store if self.recipe.portable else None,
-            COMPILER_OPTIONS.get(self.device.platform, {}),
-        )
+        return StepCompiler.of(self.recipe, self.model, trace, store, self.compiler_options)
+
+    @property
+    def compiler_options(self) -> Mapping[str, str | bool]:
+        """Of XLA."""
+        return COMPILER_OPTIONS.get(self.device.platform, {})
 
 
 def cache_dtype(model: ModelPlan) -> np.dtype:

@@ -1,8 +1,11 @@
-"""Processes that trace and lower steps beside the engine, so that its own Python stays free for requests.
+"""Processes that trace, lower and compile steps beside the engine, so that its own Python stays free for requests.
 
 A helper reads one line of JSON per job from its standard input and answers with the length of the program on a line,
 then the program; 0 says that it failed. The first line holds the recipe, and is answered with 0 once all is imported.
 It ends as soon as its input does, whatever it is doing: then the engine's process is gone.
+
+With the programs' device at hand a helper compiles them as well, into the cache where the engine's process finds them:
+a process compiles its GPU kernels one at a time, several processes do not.
 """
 
 import json
@@ -11,42 +14,66 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 import jax
 
 from jaxserve.batch import Bucket
-from jaxserve.engine.tracing import Recipe, Tracer, read_bucket, write_bucket
+from jaxserve.engine.cache_writes import SECONDS, CacheWrites
+from jaxserve.engine.step_compiler import StepCompiler
+from jaxserve.engine.tracing import EXPORT_PLATFORM, Recipe, Tracer, read_bucket, write_bucket
+from sharding.mesh import make_mesh
 
 logger = logging.getLogger(__name__)
 
 # What a helper runs; a thread watches its input before the seconds that imports take.
 START = """
 import json, os, queue, sys, threading
-lines = queue.SimpleQueue()
+lines, endings = queue.SimpleQueue(), []
 def read():
     for line in sys.stdin.buffer:
         lines.put(line)
+    for end in endings:
+        end()
     os._exit(0)
 threading.Thread(target=read, daemon=True).start()
 sys.path[:] = json.loads(sys.argv[1])
 from jaxserve.engine.helpers import main
-main(iter(lines.get, None))
+main(iter(lines.get, None), endings.append)
 """
 
 Trace = Callable[[Bucket], bytes]
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """How helpers compile what they have traced.
+
+    Attributes:
+        cache: folder of compiled programs.
+        min_seconds: that a compilation takes if its program is to be kept.
+        device: id of the only device that jax has here.
+        options: of the XLA compiler.
+    """
+
+    cache: str
+    min_seconds: float
+    device: int
+    options: Mapping[str, str | bool]
+
+
 class Helper:
     """One process; it lives until `close`."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, compilation: Compilation | None = None):
+        """Without `compilation` it needs no device and only traces."""
         command = [sys.executable, "-c", START, json.dumps(sys.path)]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
-        self._say(recipe.dumps())
+        self._say(json.dumps([recipe.dumps(), None if compilation is None else asdict(compilation)]))
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -74,13 +101,16 @@ class Helper:
         return blob
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
+        """End the process, whatever it is doing; what it writes into the cache it may finish."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):  # what it had not read yet
                     pipe.close()
+        try:
+            self._process.wait(2 * SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class Tracers:
@@ -89,32 +119,44 @@ class Tracers:
     As soon as a helper is there this process stops tracing, since it would take the time from the engine's own thread.
     """
 
-    def __init__(self, local: Trace, recipe: Recipe, helpers: int):
-        self._local = local
+    def __init__(self, local: Trace, recipe: Recipe, helpers: int, compilation: Compilation | None = None):
+        """Helpers are started for the first step to be traced; with `compilation` they take memory on the device."""
+        self._local, self._recipe = local, recipe
+        self._compilation = compilation
         self._idle: queue.SimpleQueue[Trace] = queue.SimpleQueue()
         self._idle.put(local)
         self._lock = threading.Lock()
         self._helping: set[Helper] = set()
-        self._closed = False
-        for _ in range(helpers):
-            threading.Thread(target=self._start, args=(recipe,), daemon=True, name="helper").start()
+        self._most = self._missing = helpers  # that may help, and of these that have not been started
 
-    def _start(self, recipe: Recipe) -> None:
+    def _start(self, compilation: Compilation | None) -> None:
+        helper = None
         try:
-            helper = Helper(recipe)
+            helper = Helper(self._recipe, compilation)
             helper.wait_ready()
         except (OSError, RuntimeError, TypeError) as error:
             logger.debug("no helper process: %s", error)
+            if helper is not None:
+                helper.close()
+            if compilation is not None:
+                self._start(None)  # which needs no device
             return
         with self._lock:
-            if self._closed:
-                helper.close()
-                return
-            self._helping.add(helper)
-        self._idle.put(helper)
+            welcome = len(self._helping) < self._most and compilation in (None, self._compilation)
+            if welcome:
+                self._helping.add(helper)
+        if welcome:
+            self._idle.put(helper)
+        else:
+            helper.close()
 
     def __call__(self, bucket: Bucket) -> bytes:
         """The exported program of a bucket, by whoever is free first."""
+        with self._lock:
+            missing, self._missing = self._missing, 0
+            compilation = self._compilation
+        for _ in range(missing):
+            threading.Thread(target=self._start, args=(compilation,), daemon=True, name="helper").start()
         tracer = self._idle.get()
         while self._retired(tracer):
             tracer = self._idle.get()
@@ -143,21 +185,47 @@ class Tracers:
         helper.close()
 
     def rest(self) -> None:
-        """Most is done: keep one helper, for steps that turn up later."""
+        """Most is done: keep at most one helper, for steps that turn up later, and none that has device memory."""
         with self._lock:
-            self._closed = True
-            spare = list(self._helping)[1:]
-            self._helping.difference_update(spare)
+            kept = [] if self._compilation is not None else list(self._helping)[:1]
+            spare = self._helping.difference(kept)
+            self._compilation, self._most = None, min(self._most, 1)
+            self._missing = self._most - len(kept)
         for helper in spare:
-            helper.close()
+            self._dismiss(helper)
 
     def close(self) -> None:
         """End the helpers; what is asked for later is traced here."""
-        self.rest()
         with self._lock:
+            self._most = self._missing = 0
             helpers = list(self._helping)
         for helper in helpers:
             self._dismiss(helper)
+
+
+class Maker:
+    """What a helper with a device does with a bucket: it traces and compiles the step."""
+
+    def __init__(self, recipe: Recipe, compilation: Compilation):
+        """Raises `RuntimeError` or `StopIteration` if the device cannot be had."""
+        jax.config.update("jax_pjrt_client_create_options", {"preallocate": False})  # it runs nothing there
+        jax.config.update("jax_compilation_cache_dir", compilation.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", compilation.min_seconds)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        device = next(device for device in jax.devices() if device.id == compilation.device)
+        self._trace = Tracer(recipe)
+        model = recipe.plan(make_mesh(devices=[device]))
+        self._compiler = StepCompiler.of(recipe, model, lambda _: self._blob, None, compilation.options)
+        self._blob = b""
+
+    def __call__(self, bucket: Bucket) -> bytes:
+        """The exported program. That it could not be compiled is no failure: the engine will try, and say so."""
+        self._blob = self._trace(bucket)
+        try:
+            self._compiler(bucket)
+        except Exception:
+            logger.exception("compiling failed")
+        return self._blob
 
 
 def serve(lines: Iterator[bytes], answers: BinaryIO) -> None:
@@ -167,20 +235,28 @@ def serve(lines: Iterator[bytes], answers: BinaryIO) -> None:
         answers.write(f"{len(blob)}\n".encode() + blob)
         answers.flush()
 
-    tracer = Tracer(Recipe.loads(next(lines).decode()))
+    text, facts = json.loads(next(lines))
+    recipe = Recipe.loads(text)
+    platform = "cpu" if facts is None else recipe.device[2]
+    jax.config.update("jax_platforms", EXPORT_PLATFORM.get(platform, platform))
+    make = Tracer(recipe) if facts is None else Maker(recipe, Compilation(**facts))
     answer(b"")
     for line in lines:
         try:
-            blob = tracer(read_bucket(json.loads(line)))
+            blob = make(read_bucket(json.loads(line)))
         except Exception:
             logger.exception("tracing failed")
             blob = b""
         answer(blob)
 
 
-def main(lines: Iterator[bytes]) -> None:
-    """What a helper process does with the lines of its input; whatever prints must not get between its answers."""
+def main(lines: Iterator[bytes], at_end: Callable[[Callable[[], object]], object]) -> None:
+    """What a helper process does with the lines of its input, whose end is the end, but for what `at_end` gets.
+
+    Whatever prints must not get between its answers.
+    """
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    jax.config.update("jax_platforms", "cpu")
-    with suppress(BrokenPipeError):
+    with ExitStack() as stack:
+        stack.enter_context(suppress(BrokenPipeError))
+        at_end(stack.enter_context(CacheWrites()).close)
         serve(lines, answers)

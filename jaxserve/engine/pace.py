@@ -7,7 +7,7 @@ from dataclasses import dataclass
 STREAM_SECONDS = 0.03  # what a stream may wait for several tokens at once: more often than that, nobody sees
 STALL = 2.0  # steps with prompts between two decodes of a stream take at most so many times a launch of decodes
 LEAST_TOKENS = 512  # of such a step: accelerators need most of the time for fewer, too
-NEW_ROWS = 32  # sequences beside those that run, half of which may begin without a larger program
+NEW_ROWS = 16  # sequences that may begin without a larger program, beside those that run
 WEIGHT = 0.2  # of the newest step
 
 
@@ -23,14 +23,14 @@ class StreamRules:
     wait: bool = False
     most_tokens: int | None = None
 
-    def budget(self, most: int, rows: int) -> int:
-        """Tokens of a step beside so many sequences: at least what the smallest program holds that has room for them.
+    def budget(self, most: int, rows: int, free: int) -> int:
+        """Tokens of a step with so many sequences and room for `free` more: at least what their smallest program holds.
 
         Programs for mixed steps have room for half as many sequences as tokens; a few more may begin.
         """
         if self.most_tokens is None:
             return most
-        return min(most, max(self.most_tokens, 1 << (2 * rows + NEW_ROWS - 1).bit_length()))
+        return min(most, max(self.most_tokens, 1 << (2 * (rows + min(free, NEW_ROWS)) - 1).bit_length()))
 
 
 FREE = StreamRules()

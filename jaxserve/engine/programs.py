@@ -7,17 +7,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
-from dataclasses import dataclass
 from enum import IntEnum
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxserve.batch import Bucket, Level, Limits, State
-from jaxserve.engine.tracing import ProgramStore, buffer_shape, load_program
+from jaxserve.batch import Bucket, Level
 
 logger = logging.getLogger(__name__)
 
@@ -137,44 +134,6 @@ class CompileCounts:
         self.after_warmup = 0
         self.seconds = 0.0
         self.warm = False
-
-
-@dataclass(frozen=True)
-class StepCompiler:
-    """Makes the program of a bucket; all of it is known before any array exists.
-
-    Attributes:
-        leaves, state: what every step gets, as shapes.
-        mesh: of the devices that run it.
-        trace: exports the step of a bucket.
-        digest: names the program of a bucket.
-        store: programs exported earlier, if any are kept.
-        options: of the XLA compiler.
-    """
-
-    leaves: tuple[jax.ShapeDtypeStruct, ...]
-    state: State
-    limits: Limits
-    mesh: Mesh | AbstractMesh
-    trace: Callable[[Bucket], bytes]
-    digest: Callable[[Bucket], str]
-    store: ProgramStore | None
-    options: Mapping[str, str | bool]
-
-    def __call__(self, bucket: Bucket) -> jax.stages.Compiled:
-        """Trace (or find in the store) and compile (or find in jax's cache); takes `(leaves, state, buffer)`."""
-        digest = "" if self.store is None else self.digest(bucket)
-        blob = None if self.store is None else self.store.get(digest)
-        if blob is None:
-            blob = self.trace(bucket)
-            if self.store is not None:
-                self.store.put(digest, blob)
-        program = load_program(blob, self.state)
-        buffer = buffer_shape(bucket, self.limits, self.mesh)
-        outputs = jax.tree.map(lambda shape: shape.sharding, self.state), NamedSharding(self.mesh, PartitionSpec())
-        jitted = jax.jit(program, donate_argnums=1, out_shardings=outputs)
-        lowered = jitted.lower(self.leaves, self.state, buffer)
-        return lowered.compile(compiler_options=dict(self.options))
 
 
 class Programs:

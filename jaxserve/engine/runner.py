@@ -18,12 +18,13 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.balancer import Plan
 from jaxserve.engine.blueprint import Blueprint, buckets_of, draft
 from jaxserve.engine.edits import step_edits
-from jaxserve.engine.helpers import Tracers
+from jaxserve.engine.helpers import Compilation, Tracers
 from jaxserve.engine.mailboxes import open_mailboxes, reserved_bytes
-from jaxserve.engine.memory import HOLE_BYTES, memory_limit
+from jaxserve.engine.memory import HOLE_BYTES, memory_limit, total_memory
 from jaxserve.engine.mirror import Mirror
-from jaxserve.engine.programs import Buckets, Programs, StepCompiler
+from jaxserve.engine.programs import Buckets, Programs
 from jaxserve.engine.results import Results
+from jaxserve.engine.step_compiler import StepCompiler
 from jaxserve.engine.tracing import ProgramStore, Tracer, read_bucket, write_bucket
 from jaxserve.types import Work
 from jaxserve.weights import ModelPlan
@@ -32,6 +33,7 @@ from sharding.place import place
 
 logger = logging.getLogger(__name__)
 
+HELPER_BYTES = 3 << 29  # of device memory left free for each process that helps compile: it has a context there
 AHEAD = 2  # steps that a follower launches before it waits for the oldest
 
 
@@ -75,6 +77,7 @@ class Runner:
         self._devices = [device for device in model.devices if device.process_index == jax.process_index()]
         self._platform = self._devices[0].platform
         self._threads = threads
+        self._utilization = utilization
         self._mailbox_bytes = reserved_bytes(self._concrete_mesh)
         self._memory_limit = memory_limit(self._devices, utilization, self._mailbox_bytes)
         self.buckets = buckets_of(config)
@@ -100,11 +103,26 @@ class Runner:
 
     def _compiler(self, blueprint: Blueprint) -> tuple[Tracers, StepCompiler]:
         """What traces and what compiles steps, for the sizes as they are planned now."""
-        # Tracing beside each other pays where warming up is the rule and cores are plenty.
-        helpers = self._threads // 2 if self.config.warmup != "none" and self._platform != "cpu" else 0
-        tracers = Tracers(Tracer(blueprint.recipe, self._model), blueprint.recipe, helpers)
         cache = jax.config.jax_compilation_cache_dir
+        helpers, compilation = 0, None
+        # Tracing beside each other pays where warming up is the rule and cores are plenty.
+        if self.config.warmup != "none" and self._platform != "cpu":
+            helpers = self._threads // 2
+            if cache is not None and self._room_for_helpers:
+                helpers = min(self._threads, self._room_for_helpers)
+                seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+                compilation = Compilation(cache, seconds, self._devices[0].id, blueprint.compiler_options)
+        tracers = Tracers(Tracer(blueprint.recipe, self._model), blueprint.recipe, helpers, compilation)
         return tracers, blueprint.compiler(tracers, None if cache is None else ProgramStore.inside(Path(cache)))
+
+    @property
+    def _room_for_helpers(self) -> int:
+        """How many more processes may use the device beside this one; several GPUs would cost each memory on all."""
+        device = self._devices[0]
+        if self._platform != "gpu" or jax.device_count() > 1:
+            return 0
+        total = total_memory(device, self._utilization) or 0
+        return int(total * (1 - self._utilization) / HELPER_BYTES)
 
     def prepare(self, leaves: tuple[jax.Array, ...]) -> None:
         """Take the weights, wait for the programs that must be there before the first request, allocate the state.

@@ -230,7 +230,7 @@ class Scheduler:
     def _step_budget(self, rules: StreamRules) -> int:
         """The tokens of a step, fewer beside a stream that decodes."""
         spared = self._chunked and any(seq.streams and seq.num_computed >= seq.num_prompt for seq in self._running)
-        return rules.budget(self._budget, len(self._running)) if spared else self._budget
+        return rules.budget(self._budget, len(self._running), len(self._free_slots)) if spared else self._budget
 
     def _schedule_running(self, rows: StepRows, budget: int) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""

@@ -97,14 +97,14 @@ class Recipe:
         values["kernels"] = tuple((op, name) for op, name in values["kernels"])
         return cls(**values | {name: tuple(values[name]) for name in ("device", "mesh")})
 
-    def plan(self) -> ModelPlan:
-        """The model again, from its config alone."""
+    def plan(self, mesh: Mesh | None = None) -> ModelPlan:
+        """The model again, from its config alone; without a mesh for devices that need not exist here."""
         return plan_model(
             ".",
             hf_config=self.hf_config,
             dtype=self.dtype,
             load_format="dummy",
-            mesh=self.abstract_mesh,
+            mesh=self.abstract_mesh if mesh is None else mesh,
             max_model_len=self.max_model_len,
         )
 

@@ -97,16 +97,17 @@ def test_prompts_beside_streams_take_about_as_long_as_decodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "rows", "budget"),
+    ("rules", "rows", "free", "budget"),
     [
-        (StreamRules(), 500, 8192),
-        (StreamRules(most_tokens=1024), 10, 1024),
-        (StreamRules(most_tokens=1024), 510, 2048),  # the smallest program with room for a few more sequences
-        (StreamRules(most_tokens=16384), 510, 8192),
+        (StreamRules(), 500, 12, 8192),
+        (StreamRules(most_tokens=1024), 10, 502, 1024),
+        (StreamRules(most_tokens=1024), 510, 514, 2048),  # the smallest program with room for a few more sequences
+        (StreamRules(most_tokens=1024), 510, 2, 1024),  # which there are not
+        (StreamRules(most_tokens=16384), 510, 2, 8192),
     ],
 )
-def test_the_budget_of_a_step_beside_streams(rules: StreamRules, rows: int, budget: int) -> None:
-    assert rules.budget(8192, rows) == budget
+def test_the_budget_of_a_step_beside_streams(rules: StreamRules, rows: int, free: int, budget: int) -> None:
+    assert rules.budget(8192, rows, free) == budget
 
 
 def test_streams_are_spared_large_steps_and_others_are_not() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxserve.batch import Bucket, Level, Limits, packed_size
-from jaxserve.engine.helpers import Helper, Tracers
+from jaxserve.engine.helpers import Compilation, Helper, Tracers
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.tracing import ProgramStore, Recipe, Tracer, load_program, state_shapes
 from jaxserve.weights import load_weights, plan_model
@@ -117,6 +117,67 @@ def test_helpers_take_over_and_one_of_them_stays(tiny_model: Path):
     assert tracers(GREEDY) != b"ours"
     tracers.close()
     assert tracers(GREEDY) == b"ours"
+
+
+FOUND_HERE = """
+import json, sys
+import jax
+from jaxserve.batch import Bucket
+from jaxserve.engine.helpers import Compilation, Helper
+from jaxserve.engine.step_compiler import StepCompiler
+from jaxserve.engine.tracing import Recipe
+from sharding.mesh import make_mesh
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+plan, device, events = Recipe.loads(sys.argv[1]), jax.devices()[0], []
+helper = Helper(plan, Compilation(sys.argv[2], 0.0, device.id, {"xla_embed_ir_in_executable": False}))
+helper.wait_ready()
+blob = helper(Bucket(4, 4))
+helper.close()
+jax.monitoring.register_event_listener(lambda event, **facts: events.append(event.rpartition("/")[2]))
+options = {"xla_embed_ir_in_executable": False}
+StepCompiler.of(plan, plan.plan(make_mesh(devices=[device])), lambda bucket: blob, None, options)(Bucket(4, 4))
+print(json.dumps([blob.partition(b"\\n")[0].decode(), events]))
+"""
+
+
+def test_what_a_helper_compiles_is_found_here(tiny_model: Path, tmp_path: Path):
+    """It compiles for its own view of the device, and leaves the program where the engine looks before it compiles."""
+    cache = tmp_path / "compiled"
+    command = [sys.executable, "-c", FOUND_HERE, recipe(tiny_model).dumps(), str(cache)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    notes, events = json.loads(done.stdout.splitlines()[-1])
+    assert any(note.startswith("paged_attention") for note in json.loads(notes))
+    assert events.count("cache_hits") == 1
+    assert "cache_misses" not in events
+    assert len(list(cache.glob("*-cache"))) == 1
+
+
+def test_helpers_give_the_device_back_when_most_is_done(tiny_model: Path, tmp_path: Path):
+    plan = recipe(tiny_model)
+    compilation = Compilation(str(tmp_path), 0.0, jax.devices()[0].id, {})
+    tracers = Tracers(lambda bucket: b"ours", plan, 1, compilation)
+    assert not tracers._helping  # nobody has asked for anything
+    while not tracers._helping:
+        tracers(GREEDY)
+    (compiling,) = tracers._helping
+    assert tracers(GREEDY) != b"ours"
+    tracers.rest()
+    assert compiling._process.returncode == 0
+    while not tracers._helping:  # one that only traces takes its place, when something turns up
+        tracers(GREEDY)
+    assert tracers(GREEDY) != b"ours"
+    tracers.close()
+
+
+def test_helpers_that_cannot_have_the_device_trace(tiny_model: Path, tmp_path: Path):
+    nowhere = Compilation(str(tmp_path), 0.0, 1234, {})
+    tracers = Tracers(lambda bucket: b"ours", recipe(tiny_model), 1, nowhere)
+    while not tracers._helping:
+        tracers(GREEDY)
+    assert tracers(GREEDY) != b"ours"
+    assert not list(tmp_path.glob("*-cache"))
+    tracers.close()
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ sys.exit(main(sys.argv[3:]))
 SLOW = """
 import hashlib, sys
 from jaxserve.cli import main
-from jaxserve.engine.programs import StepCompiler
+from jaxserve.engine.step_compiler import StepCompiler
 
 def compile(self, bucket):
     print("compiling", file=sys.stderr, flush=True)
