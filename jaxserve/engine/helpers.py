@@ -127,6 +127,7 @@ class Tracers:
         self._idle.put(local)
         self._lock = threading.Lock()
         self._helping: set[Helper] = set()
+        self.helpers = helpers  # that there may be at first
         self._most = self._missing = helpers  # that may help, and of these that have not been started
 
     def _start(self, compilation: Compilation | None) -> None:

@@ -33,7 +33,7 @@ from sharding.place import place
 
 logger = logging.getLogger(__name__)
 
-HELPER_BYTES = 3 << 29  # of device memory left free for each process that helps compile: it has a context there
+HELPER_BYTES = 1 << 30  # of device memory left free for each process that helps compile, which takes about 0.6 of it
 AHEAD = 2  # steps that a follower launches before it waits for the oldest
 
 
@@ -94,9 +94,8 @@ class Runner:
         self._limits, self._abstract_state = blueprint.limits, blueprint.state
         warmup = self.config.warmup
         self._tracers, compiler = self._compiler(blueprint)
-        self.programs = Programs(
-            compiler, threads=self._threads, background=warmup == "lazy", when_warm=self._tracers.rest
-        )
+        threads = max(self._threads, self._tracers.helpers)  # one waits for each
+        self.programs = Programs(compiler, threads=threads, background=warmup == "lazy", when_warm=self._tracers.rest)
         if warmup != "none":
             first = self.buckets.essential()
             self.programs.warm_up(first, then=[bucket for bucket in self.buckets.all() if bucket not in first])
@@ -109,7 +108,7 @@ class Runner:
         if self.config.warmup != "none" and self._platform != "cpu":
             helpers = self._threads // 2
             if cache is not None and self._room_for_helpers:
-                helpers = min(self._threads, self._room_for_helpers)
+                helpers = min(2 * self._threads, self._room_for_helpers)
                 seconds = jax.config.jax_persistent_cache_min_compile_time_secs
                 compilation = Compilation(cache, seconds, self._devices[0].id, blueprint.compiler_options)
         tracers = Tracers(Tracer(blueprint.recipe, self._model), blueprint.recipe, helpers, compilation)

@@ -42,6 +42,9 @@ KEPT_SECONDS = 30 * 86_400  # programs that nobody asked for in this time are re
 STEPS = "steps"  # folder of programs within one of compiled programs
 UNFINISHED, UNFINISHED_SECONDS = "unfinished-", 3600  # files that a process was writing, unless it was killed
 EXPORT_PLATFORM = {"gpu": "cuda"}  # what `jax.export` calls a platform, where the device says otherwise
+# What kernels are written in. jax adds to the keys of its caches when it imports them: within the first program that
+# happened between two layers, which were then traced twice.
+KERNEL_LANGUAGES = ("jax.experimental.pallas.mosaic_gpu", "jax.experimental.pallas.tpu")
 KERNEL_RUNTIME = "jax.experimental.mosaic.gpu.core"  # importing it tells XLA where the library is that kernels call
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
@@ -195,6 +198,9 @@ class Tracer:
         Kernels learn of the device from the abstract mesh, so that any process makes the same program.
         """
         recipe, model, mesh = self._recipe, self._model, self._recipe.abstract_mesh
+        platform = recipe.device[2]
+        for name in KERNEL_LANGUAGES if platform != "cpu" else ():
+            import_module(name)
         state = state_shapes(model.model_config, recipe.limits, model.dtype, mesh, mailboxes=recipe.mailboxes)
         shapes, tree = jax.tree.flatten(state)
         kept_specs = [shape.sharding.spec for shape in shapes]
@@ -214,7 +220,6 @@ class Tracer:
         else:
             mesh = AbstractMesh((), (), abstract_device=mesh.abstract_device)
         given = jax.tree.map(partial(_on, mesh), arguments)
-        platform = recipe.device[2]
         platforms = [EXPORT_PLATFORM.get(platform, platform)]
         with recorded() as notes, preferring(dict(recipe.kernels)), jax.sharding.use_abstract_mesh(mesh):
             exported = jax.export.export(jax.jit(program, donate_argnums=1), platforms=platforms)(*given)
@@ -223,7 +228,7 @@ class Tracer:
 
 def _on(mesh: AbstractMesh, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The array on that mesh; without one, on no device in particular."""
-    sharding = None if mesh.empty else NamedSharding(mesh, shape.sharding.spec)
+    sharding = NamedSharding(mesh, P()) if mesh.empty else NamedSharding(mesh, shape.sharding.spec)
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 

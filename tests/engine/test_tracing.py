@@ -180,6 +180,23 @@ def test_helpers_that_cannot_have_the_device_trace(tiny_model: Path, tmp_path: P
     tracers.close()
 
 
+@pytest.mark.parametrize("device", [H100, CPU])
+def test_the_first_program_of_a_process_traces_its_layers_once(tiny_model: Path, device):
+    """Nothing that tracing imports may change the keys of jax's caches."""
+    code = (
+        "import sys\n"
+        "from jaxserve.batch import Bucket\n"
+        "from jaxserve.engine.tracing import Recipe, Tracer\n"
+        "from jaxserve.models import decoder\n"
+        "plain, calls = decoder.PreNormBlock.__call__, []\n"
+        "decoder.PreNormBlock.__call__ = lambda self, *given: calls.append(1) or plain(self, *given)\n"
+        "Tracer(Recipe.loads(sys.argv[1]))(Bucket(4, 4))\n"
+        "assert len(calls) == 1, calls\n"
+    )
+    plan = recipe(tiny_model, device, hidden_size=256, head_dim=64, num_hidden_layers=4)
+    subprocess.run([sys.executable, "-c", code, plan.dumps()], check=True, timeout=60)
+
+
 @pytest.mark.slow
 def test_a_gpu_program_is_made_without_a_gpu(tiny_model: Path):
     """Head width 64 and one key head per two: all kernels of a Hopper GPU serve."""
