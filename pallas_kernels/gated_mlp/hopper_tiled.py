@@ -1,10 +1,11 @@
 """Gate, up and activation of some hundred tokens in one Hopper kernel in Pallas Mosaic GPU: bound by tensor cores.
 
-A CTA multiplies all tokens (or a tile of 256) with the weights of 96 inner features, so that Qwen 3 8B's 12288 are 128
-CTAs: one wave on the 132 multiprocessors of an H100. Tokens are the left operand of the wgmmas and the right one is the
-96 gates' weights with the 96 ups' under them, so a thread has the gates and ups of the same features in registers.
+A CTA multiplies up to 256 tokens with the weights of 96 inner features: 128 CTAs for Qwen3-8B, one wave
+on the 132 multiprocessors of an H100. Tokens are the left operand of the wgmmas and the right one is the 96 gates'
+weights with the 96 ups' under them, so a thread has the gates and ups of the same features in registers.
 
-Every CTA needs the same tokens: clusters of CTAs read them from the L2 cache once and share them by multicast.
+Tried and not faster (85.0 us at 256 tokens): tokens shared by clusters of two CTAs (85.6) or four (141), three stages
+instead of four (85 to 90), waiting for every wgmma (86.6), weights read into the L2 cache ahead of their copies (117).
 """
 
 import functools
@@ -20,36 +21,20 @@ from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.matmul.hopper import swizzled
 
-Shaped = jax.Array | jax.ShapeDtypeStruct
-
 FEATURES = 96  # inner features of a CTA
 STEP = 64  # features of a stage: 128 bytes, the widest swizzle
+STAGES = 4  # of the ring
 TILE_TOKENS = 256
 GROUPS = 2  # warpgroups that multiply
-AHEAD = 256  # features of a prefetch into the L2 cache: memory is read best in long pieces of each row
 CHUNK = 32  # inner features that are activated and stored together
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything about a call that is known when it is traced.
-
-    Attributes:
-        tokens: of a CTA.
-        width: features of a token.
-        cluster: CTAs that share tokens.
-        stages: of the ring.
-        delay: wgmma groups in flight while the next one is issued.
-        prefetch: stages by which weights are read into the L2 cache ahead of their copies; 0 for not.
-        dtype: of the arrays.
-    """
+    """What is known when a call is traced: tokens of a CTA, features of each, dtype of the arrays."""
 
     tokens: int
     width: int
-    cluster: int
-    stages: int
-    delay: int
-    prefetch: int
     dtype: DTypeLike
 
     @property
@@ -81,41 +66,22 @@ class Refs(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """The tokens and inner features of a CTA."""
+    """Where the tokens and inner features of a CTA begin."""
 
     tokens: Any
     inner: Any
 
 
-def check(x: Shaped, gate_up: Shaped, cluster: int) -> None:
-    """Raise `NotImplementedError`, naming the values, for what cannot be cut into tiles."""
-    (tokens, width), inner = x.shape, len(gate_up)
-    if x.dtype != jnp.bfloat16 or gate_up.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"dtypes of x and gate_up are {x.dtype} and {gate_up.dtype}, not bfloat16")
-    if tokens != TILE_TOKENS // 2 and tokens % TILE_TOKENS:
-        raise NotImplementedError(f"{tokens} tokens are neither 128 nor a multiple of 256")
-    if width % STEP or inner % (FEATURES * cluster):
-        raise NotImplementedError(f"{width} -> {inner} features in tiles of {STEP} and {FEATURES} for {cluster} CTAs")
-
-
-@functools.partial(jax.jit, static_argnames=("cluster", "stages", "delay", "prefetch", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def call(
-    x: Float[Array, "T D"],
-    gate_up: Float[Array, "F 2 D"],
-    cluster: int = 2,
-    stages: int = 4,
-    delay: int = 1,
-    prefetch: int = 0,
-    interpret: plgpu.InterpretGPUParams | None = None,
+    x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], interpret: plgpu.InterpretGPUParams | None = None
 ) -> Float[Array, "T F"]:
-    """`silu(gate(x)) * up(x)` of bfloat16 arrays, of which only the result is rounded; `Sizes` has the parameters.
+    """`silu(gate(x)) * up(x)` of bfloat16 arrays, of which only the result is rounded.
 
-    Raises:
-        NotImplementedError: the shapes cannot be cut into tiles.
+    `T` is 128 or a multiple of 256, `D` one of 64 and at least 256, `F` one of 96.
     """
-    check(x, gate_up, cluster)
     (tokens, width), inner = x.shape, len(gate_up)
-    sizes = Sizes(min(tokens, TILE_TOKENS), width, cluster, stages, delay, prefetch, x.dtype)
+    sizes = Sizes(min(tokens, TILE_TOKENS), width, x.dtype)
 
     def gate_up_tiled(*refs: Any) -> None:  # names the kernel in profiles
         kernel(sizes, *refs)
@@ -123,41 +89,34 @@ def call(
     return plgpu.kernel(
         gate_up_tiled,
         out_type=jax.ShapeDtypeStruct((tokens, inner), x.dtype),
-        grid=(inner // (FEATURES * cluster), tokens // sizes.tokens),
+        grid=(inner // FEATURES, tokens // sizes.tokens),
         grid_names=("tile", "part"),
         num_threads=GROUPS + 1,
         thread_name="wg",
         scratch_types=scratch(sizes),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"cluster": (cluster,), "cluster_names": ("cta",)} if cluster > 1 else {}),
     )(x, gate_up)
 
 
 def scratch(sizes: Sizes) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs`."""
-    stages, dtype = sizes.stages, sizes.dtype
-    tokens = plgpu.SMEM((stages, sizes.tokens, STEP), dtype, transforms=swizzled(dtype))
+    dtype = sizes.dtype
+    tokens = plgpu.SMEM((STAGES, sizes.tokens, STEP), dtype, transforms=swizzled(dtype))
     out = plgpu.SMEM((GROUPS, sizes.rows, FEATURES), dtype, transforms=swizzled(dtype, CHUNK))
-    free = plgpu.Barrier(num_barriers=stages, num_arrivals=GROUPS)
-    if sizes.cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("cta",), num_barriers=stages, num_arrivals=GROUPS)
     return [
         plgpu.RefUnion(tokens, out),
-        plgpu.SMEM((stages, 2 * FEATURES, STEP), dtype, transforms=swizzled(dtype)),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=3),  # copies: tokens, gates and ups
-        free,
+        plgpu.SMEM((STAGES, 2 * FEATURES, STEP), dtype, transforms=swizzled(dtype)),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),  # copies: tokens, gates and ups
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=GROUPS),
         plgpu.Barrier(num_arrivals=GROUPS),
     ]
 
 
 def kernel(sizes: Sizes, x: Any, gate_up: Any, out: Any, union: Any, *others: Any) -> None:
     """The body: two warpgroups that multiply and one for TMA."""
-    refs = Refs(x, gate_up, out, *union, *others)
-    wg, tile = lax.axis_index("wg"), lax.axis_index("tile")
-    if sizes.cluster > 1:
-        tile = tile * sizes.cluster + lax.axis_index("cta")
-    place = Place(lax.axis_index("part") * sizes.tokens, tile * FEATURES)
+    refs, wg = Refs(x, gate_up, out, *union, *others), lax.axis_index("wg")
+    place = Place(lax.axis_index("part") * sizes.tokens, lax.axis_index("tile") * FEATURES)
     pl.when(wg < GROUPS)(lambda: compute(sizes, refs, place, wg))
     pl.when(wg == GROUPS)(lambda: load(sizes, refs, place))
 
@@ -165,38 +124,26 @@ def kernel(sizes: Sizes, x: Any, gate_up: Any, out: Any, union: Any, *others: An
 def load(sizes: Sizes, refs: Refs, place: Place) -> None:
     """The TMA warpgroup."""
     plgpu.set_max_registers(24, action="decrease")
-    inner, every = pl.ds(place.inner, FEATURES), AHEAD // STEP
-
-    def prefetch(features: Any) -> None:
-        for which in range(2):
-            plgpu.async_prefetch(refs.gate_up.at[inner, which, pl.ds(features, AHEAD)])
+    rows, inner = pl.ds(place.tokens, sizes.tokens), pl.ds(place.inner, FEATURES)
 
     def copy(k: Any) -> None:
-        stage, features = lax.rem(k, sizes.stages), pl.ds(k * STEP, STEP)
+        stage, features = lax.rem(k, STAGES), pl.ds(k * STEP, STEP)
         full = refs.full.at[stage]
         for which in range(2):
             target = refs.weights_s.at[stage, pl.ds(which * FEATURES, FEATURES)]
             plgpu.copy_gmem_to_smem(refs.gate_up.at[inner, which, features], target, full)
-        wanted, axes = refs.x.at[pl.ds(place.tokens, sizes.tokens), features], "cta" if sizes.cluster > 1 else None
-        plgpu.copy_gmem_to_smem(wanted, refs.tokens_s.at[stage], full, collective_axes=axes)
+        plgpu.copy_gmem_to_smem(refs.x.at[rows, features], refs.tokens_s.at[stage], full)
+
+    def wait(k: Any) -> None:
+        plgpu.barrier_wait(refs.free.at[lax.rem(k, STAGES)])
 
     def refill(k: Any) -> None:
-        if sizes.prefetch:
-            ahead = k + sizes.prefetch
-            pl.when((lax.rem(ahead, every) == 0) & (ahead < sizes.steps))(lambda: prefetch(ahead * STEP))
-        plgpu.barrier_wait(refs.free.at[lax.rem(k, sizes.stages)])
+        wait(k)
         copy(k)
 
-    early = min(sizes.stages, sizes.steps)
-    pl.loop(0, early)(copy)
-    if sizes.prefetch:  # what no stage will ask for
-        pl.loop(early // every, (early + sizes.prefetch - 1) // every + 1)(lambda i: prefetch(i * AHEAD))
-    pl.loop(early, sizes.steps)(refill)
-
-    # A CTA may not end while others signal its barriers.
-    @pl.loop(sizes.steps - early, sizes.steps)
-    def _(k: Any):
-        plgpu.barrier_wait(refs.free.at[lax.rem(k, sizes.stages)])
+    pl.loop(0, STAGES)(copy)
+    pl.loop(STAGES, sizes.steps)(refill)
+    pl.loop(sizes.steps - STAGES, sizes.steps)(wait)  # every barrier ends in a completed phase
 
 
 def compute(sizes: Sizes, refs: Refs, place: Place, wg: Any) -> None:
@@ -206,23 +153,19 @@ def compute(sizes: Sizes, refs: Refs, place: Place, wg: Any) -> None:
 
     def product(acc: Any) -> Any:
         def multiply(k: Any) -> None:
-            stage = lax.rem(k, sizes.stages)
+            stage = lax.rem(k, STAGES)
             plgpu.barrier_wait(refs.full.at[stage])
             plgpu.wgmma(acc, refs.tokens_s.at[stage, mine], refs.weights_s.at[stage].T)
-            plgpu.wgmma_wait(sizes.delay)
-
-        def release(k: Any) -> None:
-            plgpu.barrier_arrive(refs.free.at[lax.rem(k, sizes.stages)])
+            plgpu.wgmma_wait(1)  # the one before is done with its stage
 
         def step(k: Any) -> None:
             multiply(k)
-            release(k - sizes.delay)
+            plgpu.barrier_arrive(refs.free.at[lax.rem(k - 1, STAGES)])
 
-        for k in range(sizes.delay):
-            multiply(jnp.int32(k))
-        pl.loop(sizes.delay, sizes.steps)(step)
+        multiply(jnp.int32(0))
+        pl.loop(1, sizes.steps)(step)
         result = acc[...]
-        pl.loop(sizes.steps - sizes.delay, sizes.steps)(release)
+        plgpu.barrier_arrive(refs.free.at[(sizes.steps - 1) % STAGES])
         return result
 
     acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((sizes.rows, 2 * FEATURES), jnp.float32))

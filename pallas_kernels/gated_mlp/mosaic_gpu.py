@@ -1,11 +1,14 @@
-"""The gated feed-forward layer of few tokens in one Hopper kernel in Pallas Mosaic GPU: bound by reading the weights.
+"""The gated feed-forward layer for Hopper in Pallas Mosaic GPU.
 
-Between two kernels the memory idles for some microseconds. Here, while all CTAs finish the activations and wait for
-each other at a counter in global memory, the first weights of the second product arrive in shared memory already.
+Few tokens are bound by reading the weights and take one kernel. Between two kernels the memory idles for some
+microseconds. Here, while all CTAs finish the activations and wait for each other at a counter in global memory, the
+first weights of the second product arrive in shared memory already.
 
 Clusters of two CTAs, one per SM and all resident at once, each own 64 outputs of the second product, of whose sums
 either computes one half; they exchange halves through shared memory and add them up in a fixed order. The inner
 features are dealt out in tiles of 32, whose weights for gate and up are the 64 rows of a wgmma.
+
+More tokens take a kernel for gate, up and activation (`hopper_tiled`), and the second product is a plain one.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.gated_mlp import hopper_tiled
 from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes, kernel, scratch
 from pallas_kernels.matmul.hopper import TILE
 from pallas_kernels.platform import require_hopper
@@ -22,7 +26,7 @@ from pallas_kernels.platform import require_hopper
 Shaped = jax.Array | jax.ShapeDtypeStruct
 
 # Width, inner features and outputs, and the tokens with which this was faster than XLA's kernels on an H100.
-FASTER = MappingProxyType({(4096, 12288, 4096): (16, 32, 64)})
+FASTER = MappingProxyType({(4096, 12288, 4096): (16, 32, 64, 256)})
 
 
 def gated_mlp(
@@ -33,8 +37,9 @@ def gated_mlp(
     product: Callable[[Array, Array], Array],
 ) -> Float[Array, "T E"]:
     """See `pallas_kernels.gated_mlp.gated_mlp`."""
-    del product
     check(x, gate_up, down, activation, require_hopper())
+    if len(x) >= hopper_tiled.TILE_TOKENS:
+        return product(hopper_tiled.call(x, gate_up), down)
     return call(x, gate_up, down)
 
 

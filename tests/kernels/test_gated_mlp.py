@@ -1,11 +1,15 @@
-"""The gated feed-forward layer against numpy. The kernel cannot be interpreted: it has clusters and a counter."""
+"""The gated feed-forward layer against numpy.
+
+The kernel for few tokens cannot be interpreted: it has clusters and a counter.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_mlp import OP, gated_mlp, mosaic_gpu
+from pallas_kernels.gated_mlp import OP, gated_mlp, hopper_tiled, mosaic_gpu
 
 H100_SMS = 132
 SHAPES = (  # width, inner features, outputs
@@ -37,11 +41,18 @@ def make(*sizes: int, dtype: str = "bfloat16") -> list[jax.Array]:
     ]
 
 
-def relative(got: jax.Array, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> float:
-    x, gate_up, down = (np.asarray(array, np.float32) for array in (x, gate_up, down))
+def gated(x: jax.Array, gate_up: jax.Array) -> np.ndarray:
+    x, gate_up = (np.asarray(array, np.float32) for array in (x, gate_up))
     gate, up = x @ gate_up[:, 0].T, x @ gate_up[:, 1].T
-    expected = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def error(got: jax.Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float32) - expected) / np.linalg.norm(expected))
+
+
+def relative(got: jax.Array, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> float:
+    return error(got, gated(x, gate_up) @ np.asarray(down, np.float32).T)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -57,6 +68,19 @@ def test_plain_form_matches_numpy(dtype: str):
 def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     args = shapes(tokens, *sizes)
     assert "mosaic_gpu" in mosaic_gpu.call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [128, 256, 512])
+def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int):
+    x, gate_up, _ = shapes(tokens, 4096, 12288, 4096)
+    assert "mosaic_gpu" in hopper_tiled.call.trace(x, gate_up).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_kernel_for_more_tokens_in_the_interpreter():
+    """Two tiles of features, and more stages' worth of width than the ring has."""
+    x, gate_up, _ = make(128, 320, 192, 8)
+    got = hopper_tiled.call(x, gate_up, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert error(got, gated(x, gate_up)) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -103,3 +127,14 @@ def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
     got = mosaic_gpu.call(*args)
     assert relative(got, *args) < 1e-2
     np.testing.assert_array_equal(got, mosaic_gpu.call(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(256, 4096, 12288), (256, 4096, 6144), (512, 2560, 9696)])
+def test_kernel_for_more_tokens_on_the_gpu(tokens: int, width: int, inner: int):
+    x, gate_up, _ = make(tokens, width, inner, 8)
+    poison = [jnp.full((tokens, inner), jnp.nan, "bfloat16").block_until_ready() for _ in range(4)]
+    del poison
+    got = hopper_tiled.call(x, gate_up)
+    assert error(got, gated(x, gate_up)) < 1e-2
+    np.testing.assert_array_equal(got, hopper_tiled.call(x, gate_up))
