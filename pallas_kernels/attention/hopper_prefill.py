@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.hopper import PAGE, WG_ROWS, below, running_sum, swizzled
 from pallas_kernels.attention.hopper_prefill_kernel import Sizes, kernel
+from pallas_kernels.tuning import tuned
 
 TILE_ROWS = 2 * WG_ROWS
 
@@ -40,7 +41,9 @@ class PrefillConfig:
     @classmethod
     def fit(cls, ctas: int, width: int) -> "PrefillConfig":
         """The sizes for 16-bit heads of this width."""
-        return cls(ctas, 128, 2, shared=False) if width <= 128 else cls(ctas, 64, 1, shared=True)
+        wide, sizes = width > 128, tuned("hopper", "paged_attention")
+        prefix = "wide_long" if wide else "long"
+        return cls(ctas, sizes[f"{prefix}_block"], sizes[f"{prefix}_stages"], shared=wide)
 
 
 def plan_prefill(

@@ -21,11 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.hopper import PAGE, WG_ROWS, WG_THREADS, below, running_sum, swizzled
 from pallas_kernels.attention.hopper_stream_kernel import Sizes, kernel
+from pallas_kernels.tuning import tuned
 
-MAX_STAGES = 4  # 3, 4 and 5 measure the same
 MAX_COMPACT = 16  # heads of a group that partial results are merged by; the code grows with them
 SMEM_BYTES = 230_600  # of the 232,448 that a CTA may have
-SHARING = 16  # pages that a CTA reads in the time that it costs at most to share groups
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class StreamConfig:
         stages: pages (key and value) in flight per CTA.
         queries: tiles of queries in flight per CTA.
         compact: a partial result holds the rows of its only token, not the whole tile.
+        sharing: pages that a CTA reads in the time that it costs at most to share groups.
         whole: no group is shared between CTAs; slower, but the interpreter (which knows no semaphores) can run it.
     """
 
@@ -46,6 +46,7 @@ class StreamConfig:
     stages: int
     queries: int
     compact: bool
+    sharing: int
     whole: bool = False
 
     @classmethod
@@ -57,7 +58,9 @@ class StreamConfig:
         rows = warpgroups * WG_ROWS
         room = rows if warpgroups == 1 else rows + group  # of the arriving queries
         spare = SMEM_BYTES - (queries * room + 2 * rows) * width * 2 - (WG_ROWS * width * 4 if compact else 0)
-        return cls(ctas, warpgroups, min(spare // (2 * PAGE * width * 2), MAX_STAGES), queries, compact)
+        known = tuned("hopper", "paged_attention")
+        stages = min(spare // (2 * PAGE * width * 2), known["stages"])
+        return cls(ctas, warpgroups, stages, queries, compact, known["sharing_pages"])
 
     def tile_tokens(self, group: int) -> int:
         """Tokens of one sequence that share a tile: a lone warpgroup serves one, two hold all heads of some each."""
@@ -117,7 +120,7 @@ def plan_stream(
     size = pages[jnp.minimum(group // key_heads, num_tiles - 1)]
     later = 2 * page > size
     borders = jnp.where(cuts < total, cuts - page + jnp.where(later, size, 0), total)  # the nearest ones
-    apart = config.whole | (jnp.max(borders[1:] - borders[:-1]) <= mean + jnp.minimum(mean + 2, SHARING))
+    apart = config.whole | (jnp.max(borders[1:] - borders[:-1]) <= mean + jnp.minimum(mean + 2, config.sharing))
     cuts = jnp.where(apart, borders, cuts)
     group, page = jnp.where(apart & later, group + 1, group), jnp.where(apart, 0, page)
     sizes = cuts[1:] - cuts[:-1]

@@ -11,8 +11,7 @@ from pallas_kernels.attention.hopper import PAGE, WG_ROWS, swizzled
 from pallas_kernels.attention.hopper_prefill import PrefillConfig, plan_prefill, prefill_attention
 from pallas_kernels.attention.hopper_stream import StreamConfig, plan_stream, stream_attention
 from pallas_kernels.platform import require_hopper
-
-SHORT = 32  # rows of a sequence up to which reading its cache costs more than multiplying with it
+from pallas_kernels.tuning import tuned
 
 
 def paged_attention(
@@ -65,7 +64,8 @@ def hopper_attention(
     if num_tokens in (1, seqs):
         tiles, longest = num_tokens, num_tokens
     else:
-        tiles, longest = min(seqs * -(-SHORT // tokens), seqs + num_tokens // tokens), SHORT
+        longest = short_rows()
+        tiles = min(seqs * -(-longest // tokens), seqs + num_tokens // tokens)
     plan = plan_stream(cu_q_lens, kv_lens, page_table, tiles, tokens, longest, key_heads, window, config)
     if num_tokens <= longest:
         out = stream_attention(q, kv, layer, page_table, plan, config=config, **options)
@@ -77,6 +77,11 @@ def hopper_attention(
     )  # fmt: skip
     out = jax.new_ref(long.reshape(num_tokens * heads, width))
     return stream_attention(q, kv, layer, page_table, plan, config=config, out=out, **options).reshape(q.shape)
+
+
+def short_rows() -> int:
+    """Rows of a sequence up to which reading its cache costs more than multiplying with it."""
+    return tuned("hopper", "paged_attention")["short_rows"]
 
 
 def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) -> None:
@@ -99,5 +104,5 @@ def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) ->
 def _check_long(width: int) -> None:
     if width % WG_ROWS:
         raise NotImplementedError(
-            f"more than {SHORT} rows with heads of {width=}: a lone row is no multiple of 128 bytes"
+            f"more than {short_rows()} rows with heads of {width=}: a lone row is no multiple of 128 bytes"
         )

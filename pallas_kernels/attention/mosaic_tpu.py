@@ -7,8 +7,6 @@ products of this one. Sequences with few rows are one small tile each, longer on
 
 import dataclasses
 import functools
-import json
-from importlib import resources
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.mosaic_tpu_kernel import COLUMNS, LANES, SUBLANES, Sizes, kernel
 from pallas_kernels.platform import require_tpu
+from pallas_kernels.tuning import tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +46,12 @@ class TpuConfig:
     def of(cls, info: pltpu.TpuInfo) -> "TpuConfig":
         """For a generation; a part of each memory is left to the compiler."""
         vmem, smem = info.vmem_capacity_bytes * 3 // 4, info.smem_capacity_bytes * 3 // 4
-        return cls(**_tuned(str(info.chip_version)), cores=info.num_cores, vmem_bytes=vmem, smem_bytes=smem)
-
-
-@functools.cache
-def _tuned(generation: str) -> dict[str, int]:
-    folder = resources.files("pallas_kernels") / "tuned"
-    file = folder / f"tpu_{generation}" / "paged_attention.json"
-    if not file.is_file():
-        raise NotImplementedError(f"block sizes for TPU {generation} are not known")
-    return json.loads(file.read_text())
+        return cls(
+            **tuned(f"tpu_{info.chip_version}", "paged_attention"),
+            cores=info.num_cores,
+            vmem_bytes=vmem,
+            smem_bytes=smem,
+        )
 
 
 def paged_attention(

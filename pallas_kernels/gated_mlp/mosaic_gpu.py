@@ -12,7 +12,6 @@ More tokens take a kernel for gate, up and activation (`hopper_tiled`), and the 
 """
 
 from collections.abc import Callable
-from types import MappingProxyType
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,11 +21,9 @@ from pallas_kernels.gated_mlp import hopper_tiled
 from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes, kernel, scratch
 from pallas_kernels.matmul.hopper import TILE
 from pallas_kernels.platform import require_hopper
+from pallas_kernels.tuning import tuned
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
-
-# Width, inner features and outputs, and the tokens with which this was faster than XLA's kernels on an H100.
-FASTER = MappingProxyType({(4096, 12288, 4096): (16, 32, 64, 256)})
 
 
 def gated_mlp(
@@ -37,24 +34,31 @@ def gated_mlp(
     product: Callable[[Array, Array], Array],
 ) -> Float[Array, "T E"]:
     """See `pallas_kernels.gated_mlp.gated_mlp`."""
-    check(x, gate_up, down, activation, require_hopper())
-    if len(x) >= hopper_tiled.TILE_TOKENS:
+    if check(x, gate_up, down, activation, require_hopper()) == "tiled":
         return product(hopper_tiled.call(x, gate_up), down)
     return call(x, gate_up, down)
 
 
-def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array], Array], multiprocessors: int) -> None:
-    """Raise `NotImplementedError`, naming the values, for what the kernel was not measured to do faster than XLA."""
+def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array], Array], multiprocessors: int) -> str:
+    """Which kernel serves, "stream" for few tokens or "tiled".
+
+    Raises:
+        NotImplementedError: neither was measured to be faster than XLA on an H100; it names the values.
+    """
     (tokens, width), (outputs, inner) = x.shape, down.shape
     dtypes = {str(array.dtype) for array in (x, gate_up, down)}
     if dtypes != {"bfloat16"}:
         raise NotImplementedError(f"dtypes are {sorted(dtypes)}, not bfloat16")
     if activation is not jax.nn.silu:
         raise NotImplementedError(f"{activation=}, not jax.nn.silu")
-    if tokens not in FASTER.get((width, inner, outputs), ()):
+    this = {"width": width, "inner": inner, "outputs": outputs}
+    measured = [one for one in tuned("hopper", "gated_mlp")["faster"] if this.items() <= one.items()]
+    kinds = [kind for one in measured for kind in ("stream", "tiled") if tokens in one[kind]]
+    if not kinds:
         raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} -> {outputs} features")
-    if outputs // TILE * 2 > multiprocessors:
+    if kinds[0] == "stream" and outputs // TILE * 2 > multiprocessors:
         raise NotImplementedError(f"{outputs // TILE * 2} CTAs at once on {multiprocessors} multiprocessors")
+    return kinds[0]
 
 
 @jax.jit

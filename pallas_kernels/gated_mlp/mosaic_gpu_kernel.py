@@ -20,11 +20,11 @@ from pallas_kernels.matmul.hopper import (
     turned,
     whole_groups,
 )
+from pallas_kernels.tuning import tuned
 
 HALF = TILE // 2  # inner features of a tile: gates and ups are a half of its rows each
 TOKENS = 32  # whose gates and ups are brought together at a time
 COUNTERS = 32  # of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each
-LONG_STAGE_TOKENS = 32  # up to so many, stages of 256 features are deep enough a ring
 
 # [tokens, 32 features] in registers: a warp holds whole rows.
 ROWS = plgpu.Layout.TILED(plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -52,7 +52,7 @@ class Sizes:
     @classmethod
     def fit(cls, tokens: int, width: int, inner: int, outputs: int, dtype: DTypeLike) -> "Sizes":
         """The sizes for 16-bit arrays."""
-        longest = 256 if tokens <= LONG_STAGE_TOKENS else 128
+        longest = 256 if tokens <= tuned("hopper", "gated_mlp")["long_stage_tokens"] else 128  # the ring has too few
         step = min(stage_features(width, longest), stage_features(inner // 2, longest))
         sizes = cls(tokens, width, inner, outputs, step, 0, dtype)
         together, half = TILE * min(sizes.rows, TOKENS) * 4, TILE * sizes.share

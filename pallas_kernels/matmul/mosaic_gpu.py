@@ -7,7 +7,6 @@ shared memory full of copies in flight, and splits cost more than they gave.
 """
 
 import functools
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,22 +27,9 @@ from pallas_kernels.matmul.hopper import (
     whole_groups,
 )
 from pallas_kernels.platform import require_hopper
+from pallas_kernels.tuning import tuned
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
-
-LONG_STAGE_TOKENS = 64  # up to so many, stages of 256 features are deep enough a ring
-
-# Outputs, inputs and result, and the tokens with which this was faster than XLA's product on an H100.
-FASTER = MappingProxyType(
-    {
-        (24576, 4096, "bfloat16"): (4, 16, 32, 64, 128),
-        (6144, 4096, "bfloat16"): (32,),
-        (4096, 4096, "bfloat16"): (32,),
-        (4096, 12288, "bfloat16"): (32,),
-        (151936, 4096, "float32"): (32,),
-        (6144, 1024, "bfloat16"): (32,),
-    }
-)
 
 
 def matmul(x: Float[Array, "T I"], weights: Float[Array, "O I"], out_dtype: DTypeLike) -> Float[Array, "T O"]:
@@ -58,7 +44,9 @@ def check(x: Shaped, weights: Shaped, out_dtype: DTypeLike) -> None:
     tokens, (outputs, inputs) = len(x), weights.shape
     if x.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
         raise NotImplementedError(f"dtypes of x and weights are {x.dtype} and {weights.dtype}, not bfloat16")
-    if tokens not in FASTER.get((outputs, inputs, jnp.dtype(out_dtype).name), ()):
+    this = {"outputs": outputs, "inputs": inputs, "result": jnp.dtype(out_dtype).name}
+    measured = tuned("hopper", "matmul")["faster"]  # tokens with which this was faster than XLA's product on an H100
+    if not any(this.items() <= one.items() and tokens in one["tokens"] for one in measured):
         raise NotImplementedError(f"{tokens} tokens, {outputs} x {inputs} weights to {jnp.dtype(out_dtype).name}")
 
 
@@ -74,7 +62,8 @@ def call(
     (tokens, inputs), outputs = x.shape, len(weights)
     rows, tiles = whole_groups(tokens), outputs // TILE
     ctas = min(ctas, tiles)
-    step = stage_features(inputs, 256 if rows <= LONG_STAGE_TOKENS else 128)
+    longest = 256 if rows <= tuned("hopper", "matmul")["long_stage_tokens"] else 128  # with more, the ring is too short
+    step = stage_features(inputs, longest)
     steps = inputs // step
 
     def load(x_ref: Any, weights_ref: Any, ring: Ring, cta: Any, total: Any) -> None:

@@ -82,7 +82,7 @@ def test_lowers_for_cuda(case: Case):
         return mosaic_gpu.hopper_attention(q, kv, layer, *rest, **options(case))
 
     text = jax.jit(call).trace(q, kv, jnp.int32(1), *rest).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == (2 if max(case.rows) > mosaic_gpu.SHORT else 1)
+    assert text.count("custom_call @mosaic_gpu") == (2 if max(case.rows) > mosaic_gpu.short_rows() else 1)
 
 
 @pytest.mark.parametrize(
