@@ -7,7 +7,6 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sized
-from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from jaxserve.config import EngineArgs, EngineConfig
@@ -23,22 +22,30 @@ from jaxserve.types import PromptType, Request, RequestOutput
 SHORT = 1000  # characters or tokens, for which going to a thread and back is not worth while
 
 
-@dataclass(eq=False)
 class _Stream:
-    """Where a request's outputs go."""
+    """Where a request's outputs go. All but its making happens in its event loop."""
 
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue
-    taken: Callable[[], None]  # says that nothing is left to take
+    def __init__(self, loop: asyncio.AbstractEventLoop, taken: Callable[[], None]):
+        """`taken` says that nothing is left to take."""
+        self.loop = loop
+        self._taken = taken
+        self._items: list[Any] = []
+        self._waiter: asyncio.Future[None] | None = None  # of who waits for the next
 
     async def take(self) -> list[Any]:
         """What is there, at least one item."""
-        if self.outputs.empty():
-            self.taken()
-        items = [await self.outputs.get()]
-        while not self.outputs.empty():
-            items.append(self.outputs.get_nowait())
+        if not self._items:
+            self._taken()
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        items, self._items = self._items, []
         return items
+
+    def put(self, items: list[Any]) -> None:
+        """There is more to take."""
+        self._items += items
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncLLMEngine:
@@ -135,13 +142,13 @@ class AsyncLLMEngine:
             self._active.add(key)
             self._sent += 1
             taken = functools.partial(self._take, self._sent) if deltas else _nothing
-            stream = self._streams[self._sent] = _Stream(loop, asyncio.Queue(), taken)
+            stream = self._streams[self._sent] = _Stream(loop, taken)
             self._link.put(Add(self._sent, request))  # in the order of their numbers
         finished = False
         try:
             while not finished:
                 items = await stream.take()
-                for item in _joined(items) if deltas else items:
+                for item in _joined(items) if deltas and len(items) > 1 else items:
                     if isinstance(item, BaseException):
                         finished = True
                         raise item
@@ -264,15 +271,14 @@ def _joined(items: list[RequestOutput | BaseException]) -> list[RequestOutput | 
 
 
 def _send(items: Mapping[_Stream, list[Any]]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, list[Any]]]] = defaultdict(list)
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[Any]]]] = defaultdict(list)
     for stream, values in items.items():
-        by_loop[stream.loop].append((stream.outputs, values))
+        by_loop[stream.loop].append((stream, values))
     for loop, deliveries in by_loop.items():
         with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens any more
             loop.call_soon_threadsafe(_put_all, deliveries)
 
 
-def _put_all(deliveries: list[tuple[asyncio.Queue, list[Any]]]) -> None:
-    for outputs, values in deliveries:
-        for value in values:
-            outputs.put_nowait(value)
+def _put_all(deliveries: list[tuple[_Stream, list[Any]]]) -> None:
+    for stream, values in deliveries:
+        stream.put(values)

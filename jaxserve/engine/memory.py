@@ -74,7 +74,7 @@ def estimate_working(model: ModelConfig, bucket: Bucket, dtype: np.dtype, platfo
     number of copies is what XLA needed on a GPU for 1,024 sequences and 151,936 tokens, with two sizes of layers.
     `parts` devices share vocabulary, heads and MLP width. The TPU compiler keeps twice as many
     copies of the MLP's activations and takes a little for every layer: so it was with models of 8 and 70 billion
-    parameters on 4 and 8 chips. A GPU's step of 32 tokens of SmolLM2 in float32 took 62 MiB, mostly for plain attention.
+    parameters on 4 and 8 chips. A GPU's step of 32 tokens of SmolLM2 in float32 takes 62 MiB.
     """
     sampler = SAMPLER_COPIES * bucket.seqs * model.vocab_rows // parts * np.dtype(np.float32).itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim

@@ -30,7 +30,8 @@ class Usage:
         """Count an output: a delta, or a final one."""
         self.prompts[output.request_id] = len(output.prompt_token_ids)
         self.cached[output.request_id] = output.num_cached_tokens
-        self.completion += sum(len(completion.token_ids) for completion in output.outputs)
+        for completion in output.outputs:
+            self.completion += len(completion.token_ids)
 
     def json(self) -> Json:
         """The `usage` object."""

@@ -295,16 +295,16 @@ class Service:
     async def stream(self, job: Job) -> AsyncIterator[str]:
         """The server-sent events of a job. What goes wrong on the way becomes an event before `[DONE]`."""
         opening = Opening(self.fingerprint, self.role, self.effective(job), self.prompt_text)
-        writer = StreamWriter(job, opening)
+        writer, only_echo = StreamWriter(job, opening), job.only_echo
         try:
             async with contextlib.aclosing(self.outputs(job)) as outputs:
                 async for number, output in outputs:
-                    shown = without_continuation(output) if job.only_echo else output
-                    for chunk in writer.chunks(number, shown):
-                        yield event(chunk)
+                    events = writer.events(number, without_continuation(output) if only_echo else output)
+                    if events:
+                        yield events
                     check_finished(output)
             if writer.final_usage:
-                yield event(writer.usage_chunk())
+                yield writer.usage_event()
         except Exception as error:
             yield event(as_api_error(error).body())
         yield "data: [DONE]\n\n"

@@ -18,6 +18,7 @@ from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, G
 from jaxserve.types import CompletionOutput, Request, RequestOutput
 
 COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: a stream has an event a token
+MARK = "\0 where the text goes"
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,52 @@ class StreamWriter:
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}  # characters of a completion's tokens so far
         self._usage = Usage()
-        self._every = bool(options and options.continuous_usage_stats)
         self.final_usage = bool(options and options.include_usage)
+        self._every = self.final_usage and bool(options and options.continuous_usage_stats)
+        self._choices = job.params.n
+        # Pieces of text in chunks that hold nothing else new: what is before and behind the text, by choice.
+        plain = not (self._every or job.body.return_token_ids or job.params.logprobs is not None)
+        self._around: dict[int, tuple[str, str]] | None = {} if plain else None
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         self._head = head(kind, job.answer_id, job.model, opening.fingerprint)
         self._first_extras = opening.extras
 
     def _chunk(self, choices: list[Json]) -> Json:
         extras, self._first_extras = self._first_extras, {}
-        usage = {"usage": self._usage.json()} if self._every and self.final_usage else {}
+        usage = {"usage": self._usage.json()} if self._every else {}
         return self._head | {"choices": choices} | usage | extras
 
-    def usage_chunk(self) -> Json:
-        """The last chunk of a stream that wants to know its tokens."""
-        return self._head | {"choices": [], "usage": self._usage.json()}
+    def usage_event(self) -> str:
+        """The last event of a stream that wants to know its tokens."""
+        return event(self._head | {"choices": [], "usage": self._usage.json()})
 
-    def chunks(self, number: int, output: RequestOutput) -> list[Json]:
-        """The chunks that a delta of one prompt makes."""
+    def events(self, number: int, output: RequestOutput) -> str:
+        """The events that a delta of one prompt makes."""
         self._usage.add(output)
-        found = []
+        found = ""
         for completion in output.outputs:
-            index = number * self._job.params.n + completion.index
+            index = number * self._choices + completion.index
             if index not in self._begun:
                 self._begun.add(index)
-                found += self._opening(index, output)
-            if completion.text or completion.logprobs or completion.finish_reason or self._job.body.return_token_ids:
-                make = self._chat_piece if self._chat else self._completion_piece
-                found.append(self._chunk([make(index, completion)]))
+                found += "".join(map(event, self._opening(index, output)))
+            if self._around is not None and completion.finish_reason is None and not self._first_extras:
+                found += self._text(index, completion.text) if completion.text else ""
+            elif completion.text or completion.logprobs or completion.finish_reason or self._job.body.return_token_ids:
+                found += self._piece(index, completion)
         return found
+
+    def _text(self, index: int, text: str) -> str:
+        """The event of a piece of plain text, of which there is one for most tokens."""
+        assert self._around is not None
+        if index not in self._around:
+            before, behind = self._piece(index, CompletionOutput(index, MARK, [])).split(COMPACT.encode(MARK))
+            self._around[index] = before, behind
+        before, behind = self._around[index]
+        return before + COMPACT.encode(text) + behind
+
+    def _piece(self, index: int, completion: CompletionOutput) -> str:
+        make = self._chat_piece if self._chat else self._completion_piece
+        return event(self._chunk([make(index, completion)]))
 
     def _opening(self, index: int, output: RequestOutput) -> list[Json]:
         """What comes before the first piece of a choice: the role, or an echo."""
