@@ -42,12 +42,27 @@ def test_texts_ids_and_logprobs_follow_each_other(steps: list, logprobs: bool) -
 
 def test_an_error_comes_after_what_came_before_it() -> None:
     async def main() -> list:
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), lambda: None)
+        stream = _Stream(asyncio.get_running_loop(), lambda: None)
         for item in (delta([(0, "a", [1])], finished=False, logprobs=False),
                      delta([(0, "b", [2])], finished=False, logprobs=False), EngineDeadError("gone")):  # fmt: skip
-            stream.outputs.put_nowait(item)
+            stream.put([item])
         return _joined(await stream.take())
 
     text, error = asyncio.run(main())
     assert text.outputs[0].text == "ab"
     assert isinstance(error, EngineDeadError)
+
+
+def test_who_waits_is_woken_once_and_others_are_told_of() -> None:
+    async def main() -> tuple[list, int]:
+        asked = []
+        stream = _Stream(asyncio.get_running_loop(), lambda: asked.append(1))
+        waiting = asyncio.create_task(stream.take())
+        await asyncio.sleep(0)
+        stream.put([1])
+        stream.put([2])
+        first = await waiting
+        stream.put([3])
+        return [first, await stream.take()], len(asked)
+
+    assert asyncio.run(main()) == ([[1, 2], [3]], 1)
