@@ -82,7 +82,7 @@ bench-transformers: $(DEV) .tools/torch/.installed
 .tools/torch/.installed: | $(UV)
 	@echo "Installing torch and transformers into .tools/torch ..."
 	@$(UV) venv --quiet --clear .tools/torch
-	@$(UV) pip install --quiet --python .tools/torch/bin/python "torch==2.15.*" "transformers==5.17.0" "gguf==0.19.0"
+	@$(UV) pip install --quiet --python .tools/torch/bin/python "torch==2.15.*" "transformers==5.17.0" "gguf==0.19.0" accelerate
 	@touch $@
 
 clean:
