@@ -1,8 +1,8 @@
 """Processes that trace, lower and compile steps beside the engine, so that its own Python stays free for requests.
 
 A helper reads one line of JSON per job from its standard input and answers with the length of the program on a line,
-then the program; 0 says that it failed. The first line holds the recipe, and is answered with 0 once all is imported.
-It ends as soon as its input does, whatever it is doing: then the engine's process is gone.
+then the program; 0 says that it failed. The first line holds recipe and settings, and is answered with 0 once all is
+imported. It ends as soon as its input does, whatever it is doing: then the engine's process is gone.
 
 With the programs' device at hand a helper compiles them as well, into the cache where the engine's process finds them:
 a process compiles its GPU kernels one at a time, several processes do not.
@@ -24,7 +24,7 @@ import jax
 from jaxserve.batch import Bucket
 from jaxserve.engine.cache_writes import SECONDS, CacheWrites
 from jaxserve.engine.step_compiler import StepCompiler
-from jaxserve.engine.tracing import EXPORT_PLATFORM, Recipe, Tracer, read_bucket, write_bucket
+from jaxserve.engine.tracing import EXPORT_PLATFORM, SETTINGS, Recipe, Tracer, read_bucket, write_bucket
 from sharding.mesh import make_mesh
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class Helper:
         command = [sys.executable, "-c", START, json.dumps(sys.path)]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
-        self._say(json.dumps([recipe.dumps(), None if compilation is None else asdict(compilation)]))
+        settings = {name: getattr(jax.config, name) for name in SETTINGS}  # which whoever uses us may have changed
+        self._say(json.dumps([recipe.dumps(), settings, None if compilation is None else asdict(compilation)]))
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -102,15 +103,16 @@ class Helper:
 
     def close(self) -> None:
         """End the process, whatever it is doing; what it writes into the cache it may finish."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # what it had not read yet
-                    pipe.close()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # what it had not read yet
+            self._process.stdin.close()
         try:
             self._process.wait(2 * SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()  # not before: a thread that reads keeps it until the process has ended
 
 
 class Tracers:
@@ -236,7 +238,9 @@ def serve(lines: Iterator[bytes], answers: BinaryIO) -> None:
         answers.write(f"{len(blob)}\n".encode() + blob)
         answers.flush()
 
-    text, facts = json.loads(next(lines))
+    text, settings, facts = json.loads(next(lines))
+    for name, value in settings.items():
+        jax.config.update(name, value)
     recipe = Recipe.loads(text)
     platform = "cpu" if facts is None else recipe.device[2]
     jax.config.update("jax_platforms", EXPORT_PLATFORM.get(platform, platform))

@@ -84,6 +84,22 @@ def test_a_helper_makes_the_same_program(tiny_model: Path):
     np.testing.assert_array_equal(run(theirs, plan, DRAW), run(ours, plan, DRAW))
 
 
+def test_a_helper_traces_with_the_settings_of_this_process(tiny_model: Path):
+    plan = recipe(tiny_model, H100)
+
+    def exact_products(blob: bytes) -> int:
+        return jax.export.deserialize(bytearray(blob.partition(b"\n")[2])).mlir_module().count("HIGHEST")
+
+    with jax.default_matmul_precision("highest"):
+        helper = Helper(plan)
+        try:
+            helper.wait_ready()
+            theirs, ours = helper(GREEDY), Tracer(plan)(GREEDY)
+        finally:
+            helper.close()
+    assert exact_products(theirs) == exact_products(ours) > exact_products(Tracer(plan)(GREEDY))
+
+
 def test_a_helper_that_dies_is_replaced_by_this_process(tiny_model: Path):
     plan, asked = recipe(tiny_model), []
     tracers = Tracers(lambda bucket: bytes(asked.append(bucket) or b"ours"), plan, helpers=0)
