@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.batch import Bucket, Limits, State
+from jaxserve.batch import Bucket, Limits
 from jaxserve.checks import require
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.memory import MemoryPlan, estimate_working, plan_memory
 from jaxserve.engine.programs import Buckets
 from jaxserve.engine.step import ScoreMode
 from jaxserve.engine.step_compiler import StepCompiler
-from jaxserve.engine.tracing import ProgramStore, Recipe, state_shapes
+from jaxserve.engine.tracing import ProgramStore, Recipe
 from jaxserve.weights import ModelPlan
 from pallas_kernels import all_reduce, attention, gated_mlp, kv_write, matmul, rope_kv_write, top_k_top_p
 
@@ -69,12 +69,6 @@ class Blueprint:
             num_pages=self.plan.num_pages,
             max_logprobs=vocab if most < 0 else min(most, vocab),
         )
-
-    @cached_property
-    def state(self) -> State:
-        """What lives on the devices between steps, as shapes."""
-        model, dtype = self.model, cache_dtype(self.model)
-        return state_shapes(model.model_config, self.limits, dtype, model.mesh, mailboxes=self.mailboxes)
 
     @cached_property
     def recipe(self) -> Recipe:

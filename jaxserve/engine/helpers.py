@@ -218,17 +218,16 @@ class Maker:
         device = next(device for device in jax.devices() if device.id == compilation.device)
         self._trace = Tracer(recipe)
         model = recipe.plan(make_mesh(devices=[device]))
-        self._compiler = StepCompiler.of(recipe, model, lambda _: self._blob, None, compilation.options)
-        self._blob = b""
+        self._compiler = StepCompiler.of(recipe, model, self._trace, None, compilation.options)
 
     def __call__(self, bucket: Bucket) -> bytes:
         """The exported program. That it could not be compiled is no failure: the engine will try, and say so."""
-        self._blob = self._trace(bucket)
+        blob = self._trace(bucket)
         try:
-            self._compiler(bucket)
+            self._compiler.compile(bucket, blob)
         except Exception:
             logger.exception("compiling failed")
-        return self._blob
+        return blob
 
 
 def serve(lines: Iterator[bytes], answers: BinaryIO) -> None:

@@ -91,9 +91,9 @@ class Runner:
         self.plan = replace(plan, num_pages=self._mirror.least(plan.num_pages))
         self.config = self.config.fitted(self._mirror.least(self.plan.max_model_len))
         blueprint = Blueprint(self._model, self.config, self.plan, self._devices[0], bool(self._mailbox_bytes))
-        self._limits, self._abstract_state = blueprint.limits, blueprint.state
         warmup = self.config.warmup
         self._tracers, compiler = self._compiler(blueprint)
+        self._limits, self._abstract_state = compiler.limits, compiler.state
         threads = max(self._threads, self._tracers.helpers)  # one waits for each
         self.programs = Programs(compiler, threads=threads, background=warmup == "lazy", when_warm=self._tracers.rest)
         if warmup != "none":

@@ -48,13 +48,17 @@ class StepCompiler:
         return cls(leaves, state, recipe.limits, model.mesh, trace, recipe.digest, named, options)
 
     def __call__(self, bucket: Bucket) -> jax.stages.Compiled:
-        """Trace (or find in the store) and compile (or find in jax's cache); takes `(leaves, state, buffer)`."""
+        """Trace (or find in the store) and compile (or find in jax's cache)."""
         digest = "" if self.store is None else self.digest(bucket)
         blob = None if self.store is None else self.store.get(digest)
         if blob is None:
             blob = self.trace(bucket)
             if self.store is not None:
                 self.store.put(digest, blob)
+        return self.compile(bucket, blob)
+
+    def compile(self, bucket: Bucket, blob: bytes) -> jax.stages.Compiled:
+        """Compile an exported step (or find it in jax's cache); takes `(leaves, state, buffer)`."""
         program = load_program(blob, self.state)
         buffer = buffer_shape(bucket, self.limits, self.mesh)
         outputs = jax.tree.map(lambda shape: shape.sharding, self.state), NamedSharding(self.mesh, PartitionSpec())

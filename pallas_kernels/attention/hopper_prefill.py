@@ -41,9 +41,8 @@ class PrefillConfig:
     @classmethod
     def fit(cls, ctas: int, width: int) -> "PrefillConfig":
         """The sizes for 16-bit heads of this width."""
-        wide, sizes = width > 128, tuned("hopper", "paged_attention")
-        prefix = "wide_long" if wide else "long"
-        return cls(ctas, sizes[f"{prefix}_block"], sizes[f"{prefix}_stages"], shared=wide)
+        wide = width > 128
+        return cls(ctas, **tuned("hopper", "paged_attention")["wide" if wide else "long"], shared=wide)
 
 
 def plan_prefill(

@@ -52,7 +52,7 @@ class Sizes:
     @classmethod
     def fit(cls, tokens: int, width: int, inner: int, outputs: int, dtype: DTypeLike) -> "Sizes":
         """The sizes for 16-bit arrays."""
-        longest = 256 if tokens <= tuned("hopper", "gated_mlp")["long_stage_tokens"] else 128  # the ring has too few
+        longest = 256 if tokens <= tuned("hopper", "gated_mlp")["long_stage_tokens"] else 128  # or too few stages fit
         step = min(stage_features(width, longest), stage_features(inner // 2, longest))
         sizes = cls(tokens, width, inner, outputs, step, 0, dtype)
         together, half = TILE * min(sizes.rows, TOKENS) * 4, TILE * sizes.share

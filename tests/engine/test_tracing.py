@@ -1,10 +1,12 @@
 """Exported steps: what names them, where they are kept, and that any process makes the same."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,14 +74,20 @@ def test_a_config_that_json_cannot_hold_is_not_portable(tiny_model: Path):
     assert not recipe(tiny_model, odd=object()).portable
 
 
-def test_a_helper_makes_the_same_program(tiny_model: Path):
-    plan = recipe(tiny_model)
+@contextlib.contextmanager
+def ready_helper(plan: Recipe) -> Iterator[Helper]:
     helper = Helper(plan)
     try:
         helper.wait_ready()
-        theirs, ours = helper(DRAW), Tracer(plan)(DRAW)
+        yield helper
     finally:
         helper.close()
+
+
+def test_a_helper_makes_the_same_program(tiny_model: Path):
+    plan = recipe(tiny_model)
+    with ready_helper(plan) as helper:
+        theirs, ours = helper(DRAW), Tracer(plan)(DRAW)
     assert theirs.partition(b"\n")[0] == ours.partition(b"\n")[0]
     np.testing.assert_array_equal(run(theirs, plan, DRAW), run(ours, plan, DRAW))
 
@@ -90,13 +98,8 @@ def test_a_helper_traces_with_the_settings_of_this_process(tiny_model: Path):
     def exact_products(blob: bytes) -> int:
         return jax.export.deserialize(bytearray(blob.partition(b"\n")[2])).mlir_module().count("HIGHEST")
 
-    with jax.default_matmul_precision("highest"):
-        helper = Helper(plan)
-        try:
-            helper.wait_ready()
-            theirs, ours = helper(GREEDY), Tracer(plan)(GREEDY)
-        finally:
-            helper.close()
+    with jax.default_matmul_precision("highest"), ready_helper(plan) as helper:
+        theirs, ours = helper(GREEDY), Tracer(plan)(GREEDY)
     assert exact_products(theirs) == exact_products(ours) > exact_products(Tracer(plan)(GREEDY))
 
 
