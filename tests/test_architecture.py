@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("pallas_kernels",),
     ("sharding",),
     ("jaxserve.version",),
-    ("jaxserve.checks",),
+    ("jaxserve.checks", "jaxserve.interpreter"),
     ("jaxserve.sampling_params",),
     ("jaxserve.types",),
     ("jaxserve.distributed",),

@@ -21,6 +21,7 @@ from jaxserve.checks import ParameterError, require
 from jaxserve.cli import flags
 from jaxserve.cli.bench import check_plotting, write_json
 from jaxserve.config.options import parse_object
+from jaxserve.interpreter import keep_what_is_there
 from jaxserve.version import __version__
 
 DESCRIPTION = """Send random requests to a server with OpenAI's API and report throughput and latency.
@@ -197,6 +198,7 @@ def measure(
 ) -> tuple[serving.Record, bool]:
     """The run, and whether Ctrl-C ended it."""
     record = serving.Record()
+    keep_what_is_there()  # a pause of this process would be taken for the server's
     with tqdm(total=len(some), unit=" requests", smoothing=0.1, disable=None) as bar:
         try:
             asyncio.run(serving.run(target, some, times, args.max_concurrency, record, lambda _: bar.update()))

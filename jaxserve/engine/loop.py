@@ -17,7 +17,6 @@ from jaxserve.text import Tokenizer
 from jaxserve.types import Request, RequestOutput
 
 ADD_SECONDS = 2e-3  # for new requests between two steps: a crowd that arrives is taken up over several
-TURN_SECONDS = 5e-4  # of threads that share an interpreter with an engine or a server; Python's own are 5 ms
 
 
 @dataclass(frozen=True)

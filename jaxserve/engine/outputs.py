@@ -30,10 +30,9 @@ def streams(request: Request) -> bool:
 class Continuation:
     """One sequence and the text and log-probabilities made from its tokens so far."""
 
-    def __init__(self, sequence: Sequence, record: "RequestRecord", tokenizer: Tokenizer | None):
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
         params = sequence.params
         self.sequence = sequence
-        self.record = record
         self.watched = bool(params.stop) or params.repetition_detection is not None  # its text or tokens may end it
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer: Detokenizer | None = None
@@ -105,7 +104,7 @@ class RequestRecord:
         """`ready` says whether the caller has taken all outputs so far."""
         self.request = request
         self.ready = ready
-        self.continuations = [Continuation(sequence, self, tokenizer) for sequence in sequences]
+        self.continuations = [Continuation(sequence, tokenizer) for sequence in sequences]
         self.prompt_ids: list[int] = request.prompt_token_ids.tolist()
         wanted = request.params.prompt_logprobs is not None
         self.prompt_logprobs: list[PositionLogprobs | None] | None = [None for _ in self.prompt_ids] if wanted else None
@@ -181,7 +180,7 @@ class OutputProcessor:
                 continuation = self._continuations[sequence]
                 if continuation.watched:
                     self._check_text(continuation)
-                record = continuation.record
+                record = self._record(sequence)
                 if sequence.status is not Status.FINISHED and not record.ready():
                     self._owed[continuation] = None
                     continue
@@ -191,10 +190,15 @@ class OutputProcessor:
                 else:
                     changed.setdefault(record, []).append(continuation)
         outputs += [self._emit(record, some, now) for record, some in changed.items()]
-        for continuation in [one for one in self._owed if one.record.ready()]:
-            del self._owed[continuation]
-            outputs.append(self._emit(continuation.record, [continuation], now))
+        for continuation in list(self._owed):
+            if (record := self._record(continuation.sequence)).ready():
+                del self._owed[continuation]
+                outputs.append(self._emit(record, [continuation], now))
         return [output for output in outputs if output is not None]
+
+    def _record(self, sequence: Sequence) -> RequestRecord:
+        # Continuations do not know it: a cycle of each request would wait for the garbage collector.
+        return self.records[sequence.request.request_id]
 
     def close(self, record: RequestRecord, error: str | None = None) -> RequestOutput | None:
         """The last output of a request whose sequences were ended from outside (aborted or failed)."""

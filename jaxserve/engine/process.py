@@ -6,7 +6,6 @@ whatever it is doing: then whoever started it is gone.
 """
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -27,8 +26,9 @@ from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.errors import EngineDeadError
-from jaxserve.engine.loop import TURN_SECONDS, Add, Command, EngineLoop, Queue, Report
+from jaxserve.engine.loop import Add, Command, EngineLoop, Queue, Report
 from jaxserve.engine.setup import load_tokenizer_of
+from jaxserve.interpreter import keep_what_is_there, take_short_turns
 from jaxserve.text import Tokenizer
 from jaxserve.types import CompletionOutput, RequestOutput
 
@@ -184,9 +184,8 @@ def main(descriptor: int) -> None:
             connection.send(_portable(error))
             commands.wait_end()
         _ignore_signals()  # XLA has taken SIGTERM meanwhile
-        sys.setswitchinterval(TURN_SECONDS)
-        gc.collect()
-        gc.freeze()  # what start-up made stays; looking through it again and again costs milliseconds
+        take_short_turns()
+        keep_what_is_there()
         config = engine.config
         plain = replace(config, kernels=dict(config.kernels), default_sampling=dict(config.default_sampling))
         connection.send(plain)  # views of dicts cannot be sent

@@ -1,6 +1,5 @@
 """The OpenAI API behind Ray Serve: replicas with an engine each, and the same routes as `jaxserve serve`."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -8,7 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from jaxserve.engine.async_engine import AsyncLLMEngine
-from jaxserve.engine.loop import TURN_SECONDS
+from jaxserve.interpreter import keep_what_is_there, take_short_turns
 from jaxserve.ray.config import ServingConfig
 from jaxserve.ray.devices import actor_options, claim_devices, find_device
 from jaxserve.server.app import make_app
@@ -33,10 +32,10 @@ class OpenAIReplica:
 
     def __init__(self, config: ServingConfig, device: str):
         claim_devices(config, device)
-        # As in the server: the engine's thread shares the interpreter with the event loop.
-        sys.setswitchinterval(TURN_SECONDS)
+        take_short_turns()
         self._config = config
         self._engine = AsyncLLMEngine.from_engine_args(config.engine_args())
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Ray Serve calls this once, after the constructor."""

@@ -1,12 +1,10 @@
 """From a bound socket to the last answer: start-up, signals, draining, and what happens when the engine dies."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 
@@ -17,8 +15,8 @@ from jaxserve.config import EngineArgs
 from jaxserve.engine.async_engine import AsyncLLMEngine
 from jaxserve.engine.cache_writes import CacheWrites
 from jaxserve.engine.errors import EngineDeadError
-from jaxserve.engine.loop import TURN_SECONDS
 from jaxserve.engine.process import EngineProcess
+from jaxserve.interpreter import keep_what_is_there, take_short_turns
 from jaxserve.server.app import make_app
 from jaxserve.server.ending import EarlyEnd
 from jaxserve.server.listen import Server, url
@@ -56,8 +54,7 @@ class Lifecycle:
         self._drain: asyncio.Task | None = None
 
     def _say_ready(self) -> None:
-        gc.collect()
-        gc.freeze()  # what start-up made stays; looking through it again and again costs milliseconds
+        keep_what_is_there()
         logger.info("ready at %s", url(self._options, self._bound))
 
     async def run(self) -> int:
@@ -169,8 +166,7 @@ def _serve_here(engine_args: EngineArgs, options: ServerOptions, bound: socket.s
 
 def uvicorn_run(life: Lifecycle) -> int:
     """Run a server's life in an event loop of its own, uvloop's where it is installed."""
-    # The thread with the engine, or with its reports, shares the interpreter with the event loop.
-    sys.setswitchinterval(TURN_SECONDS)
+    take_short_turns()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(life.run())
 

@@ -1,6 +1,8 @@
 """When streams get their tokens: several decodes at a time if that is quick, and nothing that nobody can take yet."""
 
 import asyncio
+import dataclasses
+import gc
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -191,6 +193,28 @@ def test_the_end_of_a_stream_does_not_wait(tiny_model: Path, compilation_cache: 
     assert output.finished
     assert len(output.outputs[0].token_ids) == 12
     assert not engine._outputs._owed
+    engine.close()
+
+
+def test_requests_leave_nothing_to_the_garbage_collector(tiny_model: Path, compilation_cache: str) -> None:
+    engine = LLMEngine.from_engine_args(args(tiny_model, compilation_cache))
+    kinds = (DELTA, dataclasses.replace(DELTA, n=2, seed=1, temperature=1.0), dataclasses.replace(DELTA, logprobs=2))
+    gc.collect()
+    gc.disable()
+    try:
+        for name, params in enumerate(kinds):
+            engine.add_request(str(name), PROMPTS[1], params)
+        engine.add_request("aborted", PROMPTS[2], DELTA)
+        engine.step()
+        engine.abort_request("aborted")
+        run(engine)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [found for found in gc.garbage if type(found).__module__.startswith("jaxserve")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
     engine.close()
 
 

@@ -145,7 +145,8 @@ def test_a_dead_engine_ends_its_actor(
 
 def test_a_replica_with_a_dead_engine_is_unhealthy(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serving, "claim_devices", lambda *_: None)
-    monkeypatch.setattr(serving.sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(serving, "take_short_turns", lambda: None)
+    monkeypatch.setattr(serving, "keep_what_is_there", lambda: None)
     replica = serving.OpenAIReplica(ServingConfig(**options), "cpu")
     asyncio.run(replica.check_health())
     replica._engine.shutdown()
