@@ -143,6 +143,12 @@ def measure(work: Workload, kv: jax.Array) -> dict[str, object]:
     }
 
 
+def commit() -> str:
+    """What is measured; empty outside a clone."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="workloads whose names contain one of these")
@@ -159,8 +165,7 @@ def main() -> None:
             results.append(measure(work, kv))
             print(json.dumps(results[-1]), flush=True)
     if args.output is not None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        head = {"device": device.device_kind, "jax": jax.__version__, "commit": commit.stdout.strip()}
+        head = {"device": device.device_kind, "jax": jax.__version__, "commit": commit()}
         args.output.write_text(json.dumps(head | {"attention": results}, indent=1) + "\n")
 
 

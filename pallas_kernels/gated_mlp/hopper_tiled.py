@@ -78,9 +78,17 @@ def call(
 ) -> Float[Array, "T F"]:
     """`silu(gate(x)) * up(x)` of bfloat16 arrays, of which only the result is rounded.
 
-    `T` is 128 or a multiple of 256, `D` one of 64 and at least 256, `F` one of 96.
+    Raises:
+        NotImplementedError: `T` is not 128 nor a multiple of 256, `D` none of 64 or below 256, or `F` none of 96.
     """
     (tokens, width), inner = x.shape, len(gate_up)
+    if (
+        (tokens != TILE_TOKENS // 2 and tokens % TILE_TOKENS)
+        or width % STEP
+        or width < STAGES * STEP
+        or inner % FEATURES
+    ):
+        raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} features")
     sizes = Sizes(min(tokens, TILE_TOKENS), width, x.dtype)
 
     def gate_up_tiled(*refs: Any) -> None:  # names the kernel in profiles

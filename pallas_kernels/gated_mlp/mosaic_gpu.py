@@ -56,14 +56,24 @@ def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array]
     kinds = [kind for one in measured for kind in ("stream", "tiled") if tokens in one[kind]]
     if not kinds:
         raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} -> {outputs} features")
-    if kinds[0] == "stream" and outputs // TILE * 2 > multiprocessors:
-        raise NotImplementedError(f"{outputs // TILE * 2} CTAs at once on {multiprocessors} multiprocessors")
+    if kinds[0] == "stream":
+        require_room(outputs, multiprocessors)
     return kinds[0]
+
+
+def require_room(outputs: int, multiprocessors: int) -> None:
+    """Raise `NotImplementedError` unless all CTAs of the kernel for few tokens run at once, since they wait for all."""
+    if outputs // TILE * 2 > multiprocessors:
+        raise NotImplementedError(f"{outputs // TILE * 2} CTAs at once on {multiprocessors} multiprocessors")
 
 
 @jax.jit
 def call(x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], down: Float[Array, "E F"]) -> Float[Array, "T E"]:
-    """The kernel without its checks."""
+    """The kernel for few tokens, whether or not it is faster than XLA; see `require_room`.
+
+    Raises:
+        NotImplementedError: it cannot serve these shapes; the message names the values.
+    """
     (tokens, width), (outputs, inner) = x.shape, down.shape
     sizes = Sizes.fit(tokens, width, inner, outputs, x.dtype)
 

@@ -51,7 +51,13 @@ class Sizes:
 
     @classmethod
     def fit(cls, tokens: int, width: int, inner: int, outputs: int, dtype: DTypeLike) -> "Sizes":
-        """The sizes for 16-bit arrays."""
+        """The sizes for 16-bit arrays.
+
+        Raises:
+            NotImplementedError: the kernel cannot serve these shapes; the message names the values.
+        """
+        if outputs % TILE or inner % TILE:
+            raise NotImplementedError(f"{inner} inner features and {outputs} outputs are not multiples of {TILE}")
         longest = 256 if tokens <= tuned("hopper", "gated_mlp")["long_stage_tokens"] else 128  # or too few stages fit
         step = min(stage_features(width, longest), stage_features(inner // 2, longest))
         sizes = cls(tokens, width, inner, outputs, step, 0, dtype)

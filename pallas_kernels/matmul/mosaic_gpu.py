@@ -58,8 +58,14 @@ def call(
     ctas: int,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "T O"]:
-    """The kernel without its checks, on at most `ctas` CTAs."""
+    """The kernel on at most `ctas` CTAs, whether or not it is faster than XLA.
+
+    Raises:
+        NotImplementedError: it cannot serve these shapes; the message names the values.
+    """
     (tokens, inputs), outputs = x.shape, len(weights)
+    if outputs % TILE:
+        raise NotImplementedError(f"{outputs} outputs are not a multiple of {TILE}")
     rows, tiles = whole_groups(tokens), outputs // TILE
     ctas = min(ctas, tiles)
     longest = 256 if rows <= tuned("hopper", "matmul")["long_stage_tokens"] else 128  # with more, the ring is too short
