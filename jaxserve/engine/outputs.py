@@ -28,7 +28,10 @@ def streams(request: Request) -> bool:
 
 
 class Continuation:
-    """One sequence and the text and log-probabilities made from its tokens so far."""
+    """One sequence and the text and log-probabilities made from its tokens so far.
+
+    It does not know its record: a cycle in each request would be left to the garbage collector.
+    """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
         params = sequence.params
@@ -151,14 +154,15 @@ class OutputProcessor:
         self._scheduler = scheduler
         self._metrics = metrics
         self.records: dict[str, RequestRecord] = {}
-        self._continuations: dict[Sequence, Continuation] = {}  # those of `records`
-        self._owed: dict[Continuation, None] = {}  # got tokens while their callers were busy, in order
+        self._running: dict[Sequence, tuple[RequestRecord, Continuation]] = {}  # of `records`
+        self._owed: dict[Continuation, RequestRecord] = {}  # got tokens while their callers were busy, in order
 
     def add(self, request: Request, sequences: list[Sequence], ready: Callable[[], bool]) -> None:
         """Start a record; its sequences have been given to the scheduler."""
         record = RequestRecord(request, sequences, self._tokenizer, ready, timed=self._metrics is not None)
         self.records[request.request_id] = record
-        self._continuations.update(zip(sequences, record.continuations, strict=True))
+        for sequence, continuation in zip(sequences, record.continuations, strict=True):
+            self._running[sequence] = record, continuation
 
     def process(self, work: Work, results: Results, gained: list[Sequence]) -> list[RequestOutput]:
         """Outputs after a committed step; `gained` are the sequences that got tokens.
@@ -175,30 +179,26 @@ class OutputProcessor:
             self._add_logprobs(work, results.rows, gained)
         outputs: list[RequestOutput | None] = []
         changed: dict[RequestRecord, list[Continuation]] = {}  # of requests with several continuations
+        owed, self._owed = self._owed, {}
         for sequence in gained:
             if sequence.streams or sequence.needs_host or sequence.status is Status.FINISHED:
-                continuation = self._continuations[sequence]
+                record, continuation = self._running[sequence]
                 if continuation.watched:
                     self._check_text(continuation)
-                record = self._record(sequence)
+                owed.pop(continuation, None)
                 if sequence.status is not Status.FINISHED and not record.ready():
-                    self._owed[continuation] = None
-                    continue
-                self._owed.pop(continuation, None)
-                if len(record.continuations) == 1:
+                    self._owed[continuation] = record
+                elif len(record.continuations) == 1:
                     outputs.append(self._emit(record, record.continuations, now))
                 else:
                     changed.setdefault(record, []).append(continuation)
         outputs += [self._emit(record, some, now) for record, some in changed.items()]
-        for continuation in list(self._owed):
-            if (record := self._record(continuation.sequence)).ready():
-                del self._owed[continuation]
+        for continuation, record in owed.items():  # of those that got nothing in this step
+            if record.ready():
                 outputs.append(self._emit(record, [continuation], now))
+            else:
+                self._owed[continuation] = record
         return [output for output in outputs if output is not None]
-
-    def _record(self, sequence: Sequence) -> RequestRecord:
-        # Continuations do not know it: a cycle of each request would wait for the garbage collector.
-        return self.records[sequence.request.request_id]
 
     def close(self, record: RequestRecord, error: str | None = None) -> RequestOutput | None:
         """The last output of a request whose sequences were ended from outside (aborted or failed)."""
@@ -210,7 +210,7 @@ class OutputProcessor:
         output = record.output(changed, finished)
         if finished and self.records.pop(record.request.request_id, None) is not None:
             for continuation in record.continuations:
-                del self._continuations[continuation.sequence]
+                del self._running[continuation.sequence]
                 self._owed.pop(continuation, None)
             if self._metrics is not None:
                 self._metrics.finish([one.sequence for one in record.continuations], now)
@@ -232,7 +232,7 @@ class OutputProcessor:
             return
         for row, sequence in enumerate(work.sequences):
             if sequence in wanted:
-                continuation = self._continuations[sequence]
+                _, continuation = self._running[sequence]
                 token, count = int(sequence.tokens[sequence.num_tokens - 1]), sequence.params.logprobs
                 entry = self._entry(scores, row, token, count or 0)
                 assert continuation.logprobs is not None
