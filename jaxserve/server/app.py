@@ -49,9 +49,6 @@ def make_app(service: Service, metrics: EngineMetrics, options: AppOptions) -> F
     add_information(app, service, metrics)
     add_tokens(app, service)
     add_admin(app, service, options)
-    if options.allowed_origins:
-        origins = list(options.allowed_origins)
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     # The last one added sees a request first. Whose body is still on its way takes nobody's turn.
     app.add_middleware(Turns)  # type: ignore[arg-type]
     app.add_middleware(LimitBody, most=options.max_body_bytes)  # type: ignore[arg-type]
@@ -61,6 +58,9 @@ def make_app(service: Service, metrics: EngineMetrics, options: AppOptions) -> F
         admin_keys=options.admin_keys,
         admin_routes=ADMIN_ROUTES,
     )
+    if options.allowed_origins:  # errors are for pages of those, too
+        origins = list(options.allowed_origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Observe, registry=metrics.registry, access_log=options.access_log)  # type: ignore[arg-type]
     return app
 
@@ -158,6 +158,9 @@ def add_information(app: FastAPI, service: Service, metrics: EngineMetrics) -> N
         if service.draining:
             return ApiError(503, "the server is shutting down").response()
         return await alive()
+
+    for path, check in (("/health", alive), ("/ping", alive), ("/ready", ready)):
+        app.add_api_route(path, check, methods=["HEAD"], response_class=Response, include_in_schema=False)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

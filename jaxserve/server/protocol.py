@@ -175,8 +175,6 @@ class CompletionRequest(Generate):
             raise ParameterError(f"best_of={self.best_of} must equal n={self.n or 1}.", parameter="best_of")
         if not self.prompts():
             raise ParameterError("prompt is an empty list; give at least one prompt.", parameter="prompt")
-        if self.echo and self.stream and self.logprobs is not None:
-            raise ParameterError("echo with logprobs is not available with stream=true.", parameter="echo")
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt."""

@@ -1,7 +1,7 @@
 """A job on its way through the server, and what a stream says of it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxserve.sampling_params import SamplingParams
@@ -15,7 +15,7 @@ from jaxserve.server.answers import (
     head,
 )
 from jaxserve.server.protocol import ChatCompletionRequest, CompletionRequest, Generate
-from jaxserve.types import CompletionOutput, Request, RequestOutput
+from jaxserve.types import CompletionOutput, PositionLogprobs, Request, RequestOutput
 
 COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: a stream has an event a token
 MARK = "\0 where the text goes"
@@ -123,11 +123,13 @@ class StreamWriter:
             delta = {"role": self._start.role, "content": echo}
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             return [self._chunk([choice]) | extras]
-        if not getattr(body, "echo", None) and not extras:
+        assert isinstance(body, CompletionRequest)
+        if not body.echo and not extras:
             return []
-        text = self._start.prompt_text(output) if getattr(body, "echo", None) else ""
-        empty = CompletionOutput(index, text, [])
-        return [self._chunk([completion_choice(index, text, empty, None, extras)])]
+        text = self._start.prompt_text(output) if body.echo else ""
+        echoed = output.prompt_logprobs if body.echo and self._job.params.logprobs is not None else None
+        logprobs = self._logprobs(index, output.prompt_token_ids, echoed)
+        return [self._chunk([completion_choice(index, text, CompletionOutput(index, text, []), logprobs, extras)])]
 
     def _chat_piece(self, index: int, completion: CompletionOutput) -> Json:
         job = self._job
@@ -139,13 +141,17 @@ class StreamWriter:
         return piece | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
 
     def _completion_piece(self, index: int, completion: CompletionOutput) -> Json:
-        job = self._job
-        offset = self._offsets.get(index, 0)
-        logprobs = completion_logprobs(completion.token_ids, completion.logprobs, job.top, job.names, offset)
-        if logprobs is not None:
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
-        extras: Json = {"token_ids": completion.token_ids} if job.body.return_token_ids else {}
+        extras: Json = {"token_ids": completion.token_ids} if self._job.body.return_token_ids else {}
+        logprobs = self._logprobs(index, completion.token_ids, completion.logprobs)
         return completion_choice(index, completion.text, completion, logprobs, extras)
+
+    def _logprobs(self, index: int, ids: list[int], positions: Sequence[PositionLogprobs | None] | None) -> Json | None:
+        """Of a piece of a completion, after those before."""
+        job, offset = self._job, self._offsets.get(index, 0)
+        found = completion_logprobs(ids, positions, job.top, job.names, offset)
+        if found is not None:
+            self._offsets[index] = offset + sum(map(len, found["tokens"]))
+        return found
 
 
 def event(content: Json) -> str:

@@ -166,14 +166,20 @@ def test_keys_from_files_and_the_environment(tmp_path: Path):
         read_keys([" "], [])
 
 
-def test_a_unix_socket(quick_flags: list[str], tmp_path: Path):
+def test_a_unix_socket_with_keys_and_pages_of_an_origin(quick_flags: list[str], tmp_path: Path):
     place = tmp_path / "socket"
-    with serve(*quick_flags, "--uds", str(place), "--api-key", KEY) as live:
+    page = "https://page.example"
+    with serve(*quick_flags, "--uds", str(place), "--api-key", KEY, "--allowed-origins", page) as live:
         assert live.url == f"unix:{place}"
         transport = httpx.HTTPTransport(uds=str(place))
         with httpx.Client(transport=transport, base_url="http://localhost") as http:
             assert http.get("/health").status_code == 200
-            assert http.get("/v1/models").status_code == 401
+            assert [http.head(path).status_code for path in ("/health", "/ping", "/ready")] == [200] * 3
+            refused = http.get("/v1/models", headers={"Origin": page})
+            assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page)
+            asks = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "a"}
+            assert http.options("/v1/completions", headers=asks).status_code == 200
+            assert "access-control-allow-origin" not in http.get("/health", headers={"Origin": "https://b"}).headers
         live.process.send_signal(signal.SIGTERM)
         assert live.process.wait(20) == 0
     assert not os.path.exists(place)

@@ -136,6 +136,25 @@ def test_completion_logprobs_and_echo(client: openai.OpenAI):
     assert [None if p is None else max(v["logprob"] for v in p.values()) <= 0 for p in prompt] == [None, True, True]
 
 
+@pytest.mark.parametrize("options", [{"n": 1}, {"n": 2, "seed": 3, "temperature": 0.8}, {"max_tokens": 0}], ids=str)
+def test_a_streamed_echo_says_what_a_whole_one_says(client: openai.OpenAI, options: dict):
+    asked = GREEDY | {"prompt": ["The sky is", "One é"], "max_tokens": 3, "logprobs": 2, "echo": True} | options
+    whole = client.completions.create(**asked)
+    pieces = [chunk.choices[0] for chunk in client.completions.create(stream=True, **asked)]
+    for choice in whole.choices:
+        mine = [piece for piece in pieces if piece.index == choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        said = {
+            name: [value for piece in mine if piece.logprobs for value in getattr(piece.logprobs, name)]
+            for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs")
+        }
+        assert (said["tokens"], said["text_offset"]) == (choice.logprobs.tokens, choice.logprobs.text_offset)
+        assert said["token_logprobs"][1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-3)
+        assert [top and set(top) for top in said["top_logprobs"]] == [
+            t and set(t) for t in choice.logprobs.top_logprobs
+        ]
+
+
 def test_an_echo_alone(client: openai.OpenAI):
     """As those use it who only want to know how likely a text is."""
     options = {"prompt": ["The sky is", "One"], "max_tokens": 0, "echo": True, **GREEDY}
