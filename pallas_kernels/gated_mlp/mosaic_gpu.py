@@ -55,7 +55,9 @@ def check(x: Shaped, gate_up: Shaped, down: Shaped, activation: Callable[[Array]
     measured = [one for one in tuned("hopper", "gated_mlp")["faster"] if this.items() <= one.items()]
     kinds = [kind for one in measured for kind in ("stream", "tiled") if tokens in one[kind]]
     if not kinds:
-        raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} -> {outputs} features")
+        raise NotImplementedError(
+            f"not known to be faster for {tokens} tokens, {width} -> {inner} -> {outputs} features"
+        )
     if kinds[0] == "stream":
         require_room(outputs, multiprocessors)
     return kinds[0]

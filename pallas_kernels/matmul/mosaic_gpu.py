@@ -47,7 +47,9 @@ def check(x: Shaped, weights: Shaped, out_dtype: DTypeLike) -> None:
     this = {"outputs": outputs, "inputs": inputs, "result": jnp.dtype(out_dtype).name}
     measured = tuned("hopper", "matmul")["faster"]  # tokens with which this was faster than XLA's product on an H100
     if not any(this.items() <= one.items() and tokens in one["tokens"] for one in measured):
-        raise NotImplementedError(f"{tokens} tokens, {outputs} x {inputs} weights to {jnp.dtype(out_dtype).name}")
+        raise NotImplementedError(
+            f"not known to be faster for {tokens} tokens, {outputs} x {inputs} weights to {jnp.dtype(out_dtype).name}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "ctas", "interpret"))
