@@ -130,7 +130,10 @@ class LLMEngine:
         if previous is None:
             self._pace.pause()
         else:
+            began = time.monotonic()
             finished = list(previous.results())
+            if self._metrics is not None:
+                self._metrics.device_wait_seconds += time.monotonic() - began
             bucket = previous.bucket
             self._pace.step(bucket.steps if bucket.decode_only else 0, bucket.tokens)
             for work, results in finished:

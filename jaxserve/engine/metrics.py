@@ -58,9 +58,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Counter(Metric):
-    """A count that only grows."""
+    """A count, or seconds in all, that only grows."""
 
-    value: int
+    value: int | float
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class Metrics:
         self.generation_tokens = 0
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.steps = 0
+        self.device_wait_seconds = 0.0  # in which the host had nothing to do but to wait for results
         self.observed = distributions(max_model_len)
 
     def step(self, work: Work, gained: Iterable[Sequence], now: float) -> None:
@@ -175,12 +176,13 @@ class Metrics:
         for name, value in seen.items():
             self.observed[name].observe(value)
 
-    def _counters(self) -> dict[str, int]:
+    def _counters(self) -> dict[str, int | float]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_cached": self.cached_tokens,
             "generation_tokens": self.generation_tokens,
             "steps": self.steps,
+            "device_wait_seconds": self.device_wait_seconds,
         }
 
     def _labelled(self) -> list[Metric]:
@@ -197,7 +199,7 @@ class Metrics:
             for value, count in sorted(counts.items())
         ]
 
-    def snapshot(self, gauges: Mapping[str, float | int], counters: Mapping[str, int]) -> list[Metric]:
+    def snapshot(self, gauges: Mapping[str, float | int], counters: Mapping[str, int | float]) -> list[Metric]:
         """Everything, with the values other parts of the engine keep themselves."""
         result: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
         result += [Counter(PREFIX + name, value) for name, value in {**self._counters(), **counters}.items()]

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +13,9 @@ import pytest
 
 from jaxserve import LLM, AsyncLLMEngine, EngineArgs, EngineDeadError, LLMEngine, RequestOutputKind, SamplingParams
 from jaxserve.engine.metrics import Counter, Histogram, Metric
-from jaxserve.types import RequestOutput
+from jaxserve.engine.results import Results
+from jaxserve.engine.runner import InFlight
+from jaxserve.types import RequestOutput, Work
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [np.random.default_rng(n).integers(1, 90, 3 + 5 * n).tolist() for n in range(8)]
@@ -44,7 +48,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
-def count(metrics: list[Metric], name: str) -> int:
+def count(metrics: list[Metric], name: str) -> int | float:
     return next(metric.value for metric in metrics if isinstance(metric, Counter) and metric.name == f"jaxserve:{name}")
 
 
@@ -302,6 +306,21 @@ def test_a_lazy_warmup_serves_with_few_programs_and_makes_nobody_wait(
     assert tokens(llm.generate(PROMPTS, mixed, use_tqdm=False)) == expected
     assert count(llm.get_metrics(), "compilations_after_warmup") == 0
     llm.close()
+
+
+def test_waiting_for_the_device_is_counted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, slept = InFlight.results, []
+
+    def slow(self: InFlight) -> Iterator[tuple[Work, Results]]:
+        slept.append(time.sleep(0.02))
+        return original(self)
+
+    monkeypatch.setattr(InFlight, "results", slow)
+    before = count(llm.get_metrics(), "device_wait_seconds")
+    began = time.monotonic()
+    llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+    waited = count(llm.get_metrics(), "device_wait_seconds") - before
+    assert 0.02 * len(slept) <= waited <= time.monotonic() - began
 
 
 def engine_of(llm: LLM) -> LLMEngine:
