@@ -116,7 +116,7 @@ def quantile(ordered: list[float], share: float) -> float:
 def count(engine: LLMEngine, name: str) -> int:
     """A counter of the engine."""
     found = [metric for metric in engine.get_metrics() if metric.name.endswith(f":{name}")]
-    return sum(metric.value for metric in found if isinstance(metric, Counter))
+    return int(sum(metric.value for metric in found if isinstance(metric, Counter)))
 
 
 COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
