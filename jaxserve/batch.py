@@ -135,7 +135,8 @@ class Batch:
 
     `sampling` is None at level GREEDY, `edits` below SAMPLE. `targets[t]` is the prompt token after token `t`, whose
     log-probability is wanted, or -1; None below level PROMPT_LOGPROBS. `capacity` is the number of tokens a row has
-    pages for: where several decodes run in a row, one may end before the others, and must not write any further.
+    pages for, None of mixed steps: of several decodes in a row one may end before the others, and must not write any
+    further.
     """
 
     token_ids: Int[Array, "T"]
@@ -165,7 +166,7 @@ def layout(bucket: Bucket, limits: Limits) -> dict[str, tuple[slice, tuple[int, 
         "kv_lens": (s,),
         "page_table": (s, limits.pages_per_seq),
     }
-    if bucket.steps > 1:
+    if bucket.decode_only:
         fields |= {"capacity": (s,)}
     if bucket.level >= Level.DRAW:
         fields |= {"sampling": (len(COLUMNS), s)}
@@ -269,7 +270,7 @@ def pack(work: Work, bucket: Bucket, limits: Limits, table: SlotTable, edits: Ed
     view["row_ids"][:total] = np.repeat(np.arange(rows, dtype=np.int32), work.num_tokens)
     if rows:
         np.take(work.page_table, work.slots, axis=0, out=view["page_table"][:rows])
-    if bucket.steps > 1:
+    if bucket.decode_only:
         view["capacity"][:rows] = [len(sequence.pages) * limits.page_size for sequence in work.sequences]
     _fill_tokens(work, view["token_ids"], view["cu_q_lens"], view.get("targets"))
     if bucket.level >= Level.DRAW:
@@ -318,7 +319,8 @@ def unpack(buffer: Int[Array, "words"], bucket: Bucket, limits: Limits) -> Batch
         return buffer[place].reshape(shape)
 
     row_ids, page_table, kv_lens, cu_q_lens = get("row_ids"), get("page_table"), get("kv_lens"), get("cu_q_lens")
-    chunks = _place(row_ids, page_table, kv_lens, cu_q_lens, limits, None)
+    capacity = get("capacity") if bucket.decode_only else None
+    chunks = _place(row_ids, page_table, kv_lens, cu_q_lens, limits, capacity)
     return Batch(
         token_ids=get("token_ids"),
         row_ids=row_ids,
@@ -327,7 +329,7 @@ def unpack(buffer: Int[Array, "words"], bucket: Bucket, limits: Limits) -> Batch
         sampling=_unpack_sampling(get("sampling")) if bucket.level >= Level.DRAW else None,
         edits=_unpack_edits(get) if bucket.level >= Level.SAMPLE else None,
         targets=get("targets") if bucket.level >= Level.PROMPT_LOGPROBS else None,
-        capacity=get("capacity") if bucket.steps > 1 else None,
+        capacity=capacity,
     )
 
 

@@ -16,21 +16,21 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from jaxserve.batch import Level, Limits, SlotTable, pack
+from jaxserve.batch import Bucket, EditRows, Level, Limits, SlotTable, pack
 from jaxserve.checkpoints import find_model
 from jaxserve.cli.bench import processor
 from jaxserve.config import EngineArgs, resolve
 from jaxserve.engine.balancer import Plan
 from jaxserve.engine.engine import LLMEngine
 from jaxserve.engine.programs import Buckets
-from jaxserve.engine.runner import InFlight, Runner, fitting
+from jaxserve.engine.runner import InFlight, Runner, fitting, programs_of
 from jaxserve.engine.setup import Parts
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.text import Detokenizer, Tokenizer, load_tokenizer
@@ -116,13 +116,17 @@ class HostRunner:
     def launch(self, plan: Plan) -> InFlight:
         """As `Runner.launch`, but nothing runs."""
         bucket, edits = fitting(plan, [self._table], self._buckets)
-        pack(cast(Work, plan[0]), bucket, self._limits, self._table, edits[0])
+        parts = programs_of(plan, bucket)
+        packed = [cast(jax.Array, self._run(cast(Work, part[0]), bucket, edits[0])) for part in parts]
+        return InFlight(plan, replace(bucket, steps=bucket.steps * len(parts)), self._limits, packed)
+
+    def _run(self, work: Work, bucket: Bucket, edits: EditRows) -> np.ndarray:
+        pack(work, bucket, self._limits, self._table, edits)
         words = bucket.steps * bucket.seqs
         if bucket.level >= Level.SAMPLE and bucket.steps == 1:
             words += bucket.seqs * (2 + 2 * self._limits.max_logprobs)
         self._next = (self._next + words) % (len(self._tokens) // 2)
-        packed = self._tokens[self._next : self._next + words]
-        return InFlight(plan, bucket, self._limits, cast(jax.Array, packed))
+        return self._tokens[self._next : self._next + words]
 
 
 def build(case: Case, tokenizer: Tokenizer | None, clock: Clock) -> LLMEngine:

@@ -44,8 +44,8 @@ class Balancer:
         if len(self.pools) == 1:
             plan: Plan = [self.pools[0].schedule(rules)]
         else:
-            several = all(pool.several_decodes(rules) is not None for pool in self.pools)
-            plan = [pool.schedule(rules, several=several) for pool in self.pools]
+            decodes = min(pool.most_decodes(rules) for pool in self.pools)
+            plan = [pool.schedule(rules, decodes=decodes) for pool in self.pools]
         return None if all(work is None for work in plan) else plan
 
     def commit(self, work: Work, tokens: Int[np.ndarray, "steps S"]) -> list[Sequence]:

@@ -132,10 +132,11 @@ class LLMEngine:
         else:
             began = time.monotonic()
             finished = list(previous.results())
+            waited = time.monotonic() - began
             if self._metrics is not None:
-                self._metrics.device_wait_seconds += time.monotonic() - began
+                self._metrics.device_wait_seconds += waited
             bucket = previous.bucket
-            self._pace.step(bucket.steps if bucket.decode_only else 0, bucket.tokens)
+            self._pace.step(bucket.steps if bucket.decode_only else 0, bucket.tokens, waited)
             for work, results in finished:
                 gained = self.scheduler.commit(work, results.tokens)
                 outputs += self._outputs.process(work, results, gained)

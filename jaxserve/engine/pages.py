@@ -12,6 +12,8 @@ from hashlib import sha256
 import numpy as np
 from jaxtyping import Int
 
+from jaxserve.types import Sequence
+
 
 def root_hash(cache_keys: Mapping[str, bytes]) -> bytes:
     """Digest of the typed extra keys of a request, the parent of its first page's hash.
@@ -41,6 +43,11 @@ def extend_hashes(
     for start in range(len(hashes) * page_size, num_full * page_size, page_size):
         parent = sha256(parent + tokens[start : start + page_size].tobytes()).digest()
         hashes.append(parent)
+
+
+def extend_known(seq: Sequence, page_size: int) -> None:
+    """Hash the full pages of a sequence's known tokens."""
+    extend_hashes(seq.page_hashes, seq.tokens[: seq.num_tokens], page_size, seq.request.cache_keys)
 
 
 class Pages:

@@ -75,14 +75,14 @@ class Buckets:
             self._tokens = [t for t in self._tokens if t == most or t > FREE_TOKENS or t in (64, FREE_TOKENS)]
 
     def choose(self, tokens: int, seqs: int, level: Level, edits: int, steps: int = 1) -> Bucket:
-        """The smallest bucket that holds a step (or `steps` decodes in a row)."""
+        """The smallest bucket that holds a step, or `steps` decodes in a row (or one if no program has so many)."""
         decode = tokens == seqs and level < Level.PROMPT_LOGPROBS
         if level is Level.DRAW and not (decode and self._accelerator):
             level = Level.SAMPLE
         size = 0 if level < Level.SAMPLE else max(MIN_EDITS, _next_power(edits))
         if decode:
             s = self._decode[bisect.bisect_left(self._decode, seqs)]
-            return Bucket(s, s, level, size, steps)
+            return Bucket(s, s, level, size, steps if steps == self._steps else 1)
         t = self._tokens[bisect.bisect_left(self._tokens, tokens)]
         return self._mixed(max(t, _next_power(2 * seqs)), level, size)
 

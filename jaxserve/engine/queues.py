@@ -20,6 +20,8 @@ class WaitingQueue:
         self._tail = itertools.count()
         self._head = itertools.count(-1, -1)
         self._num_left = 0  # entries that left from the middle and are still in the heap
+        self._sizes: dict[Sequence, int] = {}  # tokens when they were pushed
+        self.num_tokens = 0  # of all sequences; other threads may ask
 
     def __len__(self) -> int:
         return len(self._heap) - self._num_left
@@ -30,6 +32,8 @@ class WaitingQueue:
         request = seq.request
         order = (request.priority, request.arrival_time) if self._by_priority else (0, 0.0)
         heapq.heappush(self._heap, (*order, ticket, seq))
+        self._sizes[seq] = seq.num_tokens
+        self.num_tokens += seq.num_tokens
 
     def peek(self) -> Sequence | None:
         """The first sequence, or None."""
@@ -40,20 +44,20 @@ class WaitingQueue:
 
     def pop(self) -> None:
         """Remove what `peek` returned."""
-        heapq.heappop(self._heap)
+        self.num_tokens -= self._sizes.pop(heapq.heappop(self._heap)[-1])
 
-    def forget(self) -> None:
-        """Note that one of the sequences has just been marked as finished; its entry goes later."""
+    def forget(self, seq: Sequence) -> None:
+        """Note that a sequence has just been marked as finished; its entry goes later."""
+        self.num_tokens -= self._sizes.pop(seq)
         self._num_left += 1
         if self._num_left > len(self) + 64:
             self._heap = [entry for entry in self._heap if not entry[-1].finished]
             heapq.heapify(self._heap)
             self._num_left = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences; other threads may ask."""
-        return sum(seq.num_tokens for seq in self.all())
+    def first_tokens(self, count: int) -> int:
+        """About how many tokens the first `count` sequences have."""
+        return self.num_tokens * count // len(self) if count < len(self) else self.num_tokens
 
     def all(self) -> list[Sequence]:
         """Every sequence, in no particular order; other threads may ask."""

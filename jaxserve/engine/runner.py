@@ -39,19 +39,24 @@ AHEAD = 2  # steps that a follower launches before it waits for the oldest
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step; `results` waits for it."""
+    """A launched step; `results` waits for it.
+
+    `bucket` is that of the step as a whole, `packed` the results of one program, or of one for each decode.
+    """
 
     plan: Plan
     bucket: Bucket
     limits: Limits
-    packed: jax.Array
+    packed: list[jax.Array]
 
     def results(self) -> Iterator[tuple[Work, Results]]:
         """Wait for the step and read the results of each pool that had something to do."""
-        pools = np.asarray(self.packed).reshape(len(self.plan), -1)
-        for work, packed in zip(self.plan, pools, strict=True):
+        pools = [np.asarray(packed).reshape(len(self.plan), -1) for packed in self.packed]
+        for work, *packed in zip(self.plan, *pools, strict=True):
             if work is not None:
-                yield work, Results.read(packed, self.bucket, self.limits, len(work.sequences))
+                # Tokens come first; nobody wants the scores of one of several decodes.
+                words = packed[0] if len(packed) == 1 else np.concatenate([one[: self.bucket.seqs] for one in packed])
+                yield work, Results.read(words, self.bucket, self.limits, len(work.sequences))
 
 
 class Runner:
@@ -167,14 +172,18 @@ class Runner:
         """Start a step and return at once; the copy of its results to the host is under way."""
         exact, edits = fitting(plan, self._tables, self.buckets)
         bucket = self.programs.choose(exact)
-        limits = self._limits
+        packed = [self._launch(part, bucket, edits) for part in programs_of(plan, bucket)]
+        return InFlight(plan, replace(bucket, steps=bucket.steps * len(packed)), self._limits, packed)
+
+    def _launch(self, plan: Plan, bucket: Bucket, edits: list[EditRows]) -> jax.Array:
+        """Start one program; returns its results, which are on their way to the host."""
         pools = zip(plan, self._tables, edits, strict=True)
-        buffers = [pack(work or Work.nothing(), bucket, limits, table, own) for work, table, own in pools]
+        buffers = [pack(work or Work.nothing(), bucket, self._limits, table, own) for work, table, own in pools]
         buffer = buffers[0] if len(buffers) == 1 else np.concatenate(buffers)
         self._mirror.tell(write_bucket(bucket), buffer)
         packed = self._run(bucket, buffer)
         packed.copy_to_host_async()
-        return InFlight(plan, bucket, limits, packed)
+        return packed
 
     def _run(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
         """Launch a step on the devices of this process; returns its results."""
@@ -222,6 +231,14 @@ def fitting(plan: Plan, tables: Sequence[SlotTable], buckets: Buckets) -> tuple[
     works = [work for work in plan if work is not None]
     tokens, rows = max(work.total_tokens for work in works), max(len(work.sequences) for work in works)
     return buckets.choose(tokens, rows, max(levels), max(map(len, edits)), works[0].steps), edits
+
+
+def programs_of(plan: Plan, bucket: Bucket) -> list[Plan]:
+    """What each program of a step does: all of it, or one of several decodes where no program runs so many in a row."""
+    steps = next(work.steps for work in plan if work is not None)
+    if bucket.steps == steps:
+        return [plan]
+    return [[None if work is None else work.decode(number) for work in plan] for number in range(steps)]
 
 
 def _zeros(state: State) -> State:

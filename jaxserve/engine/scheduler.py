@@ -12,8 +12,8 @@ from bisect import insort
 import numpy as np
 from jaxtyping import Int
 
-from jaxserve.engine.pace import FREE, StreamRules
-from jaxserve.engine.pages import Pages, extend_hashes
+from jaxserve.engine.pace import FREE, StreamRules, well_filled
+from jaxserve.engine.pages import Pages, extend_known
 from jaxserve.engine.queues import StepRows, WaitingQueue
 from jaxserve.types import Sequence, Status, Work
 
@@ -50,7 +50,7 @@ class Scheduler:
             policy: "fcfs", or "priority" (lower `Request.priority` first, then earlier arrival).
             enable_chunked_prefill: whether a prompt may be spread over several steps.
             long_prefill_token_threshold: the most prompt tokens of one sequence in a step; 0 is no limit.
-            decode_steps: decodes planned at once while nobody can be admitted and no sequence needs the host.
+            decode_steps: most decodes planned at once while nobody can be admitted and no sequence needs the host.
         """
         if policy not in {"fcfs", "priority"}:
             raise ValueError(f"policy={policy!r} is unknown; use 'fcfs' or 'priority'")
@@ -122,7 +122,7 @@ class Scheduler:
         seq.num_pending = 0
         seq.num_computed = min(seq.num_computed, seq.num_tokens)
         if not was_running:
-            self.waiting.forget()
+            self.waiting.forget(seq)
         return True
 
     def take_failed(self) -> list[Sequence]:
@@ -130,20 +130,22 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def schedule(self, rules: StreamRules = FREE, *, several: bool = True) -> Work | None:
+    def schedule(self, rules: StreamRules = FREE, *, decodes: int | None = None) -> Work | None:
         """Plan the next step: running sequences first, then waiting ones. None if there is nothing to compute.
 
         The lengths advance as if the step had run. With None while sequences are unfinished, either they wait for a
-        step in flight to be committed, or all have just failed (`take_failed`). `several` allows several decodes.
+        step in flight to be committed, or all have just failed (`take_failed`). `decodes` at once, by default as many
+        as there may be.
         """
         rows = StepRows()
-        if several and (planned := self.several_decodes(rules)) is not None:
-            self._schedule_several(rows, planned)
+        rows.steps = self.most_decodes(rules) if decodes is None else decodes
+        if rows.steps > 1:
+            self._schedule_decodes(rows)
             return rows.work(self.page_table)
-        preemptions = self.num_preemptions
-        budget = self._schedule_running(rows, self._step_budget(rules))
+        preemptions, budget = self.num_preemptions, self._step_budget(rules)
+        left = self._schedule_running(rows, budget)
         if self.num_preemptions == preemptions:
-            self._schedule_waiting(rows, budget)
+            self._schedule_waiting(rows, left, budget - left)
         return rows.work(self.page_table)
 
     def commit(self, work: Work, tokens: Int[np.ndarray, "steps S"]) -> list[Sequence]:
@@ -193,44 +195,42 @@ class Scheduler:
                 self.finish(seq, "length")
                 return
 
-    def several_decodes(self, rules: StreamRules) -> list[tuple[Sequence, int]] | None:
-        """Every running sequence and how many decodes it takes, if several at once delay nobody; else None.
-
-        Streams are delayed unless they may wait that long.
-        """
-        steps, page_size = self._decode_steps, self.pages.page_size
+    def most_decodes(self, rules: StreamRules) -> int:
+        """How many decodes in a row delay nobody beyond what `rules` say that streams bear; at least 1."""
+        streams = any(seq.streams for seq in self._running)
+        steps = min(self._decode_steps, rules.decodes) if streams else self._decode_steps
         if steps == 1 or (len(self.waiting) and self._free_slots):
-            return None
-        planned, missing = [], 0
+            return 1
+        page_size, num_rows, missing = self.pages.page_size, 0, 0
         for seq in self._running:
             left = len(seq.tokens) - seq.num_tokens - seq.num_pending
             if left:
-                if seq.needs_host or (seq.streams and not rules.wait):
-                    return None
-                if seq.num_tokens + seq.num_pending - seq.num_computed != 1:
-                    return None
-                count = min(left, steps)
-                missing += -(-(seq.num_computed + count) // page_size) - len(seq.pages)
-                planned.append((seq, count))
-        return None if missing > self.pages.num_free or len(planned) > self._budget else planned
+                if seq.needs_host or seq.num_tokens + seq.num_pending - seq.num_computed != 1:
+                    return 1
+                missing += -(-(seq.num_computed + min(left, steps)) // page_size) - len(seq.pages)
+                num_rows += 1
+        return 1 if missing > self.pages.num_free or num_rows > self._budget else steps
 
-    def _schedule_several(self, rows: StepRows, planned: list[tuple[Sequence, int]]) -> None:
-        """Plan several decodes at once.
+    def _schedule_decodes(self, rows: StepRows) -> None:
+        """Plan `rows.steps` decodes of every running sequence at once, for which there are pages.
 
         A sequence that ends before the others computes on; `commit` drops what it samples.
         """
-        rows.steps, page_size = self._decode_steps, self.pages.page_size
-        for seq, count in planned:
-            while seq.num_computed + count > len(seq.pages) * page_size:
-                self._grow(seq)
-            self._plan(rows, seq, seq.num_computed, 1, True)
-            seq.num_computed += count - 1
-            seq.num_pending += count - 1
+        page_size = self.pages.page_size
+        for seq in self._running:
+            count = min(len(seq.tokens) - seq.num_tokens - seq.num_pending, rows.steps)
+            if count:
+                while seq.num_computed + count > len(seq.pages) * page_size:
+                    self._grow(seq)
+                self._plan(rows, seq, seq.num_computed, 1, True)
+                seq.num_computed += count - 1
+                seq.num_pending += count - 1
 
     def _step_budget(self, rules: StreamRules) -> int:
         """The tokens of a step, fewer beside a stream that decodes."""
-        spared = self._chunked and any(seq.streams and seq.num_computed >= seq.num_prompt for seq in self._running)
-        return rules.budget(self._budget, len(self._running), len(self._free_slots)) if spared else self._budget
+        if self._chunked and any(seq.streams and seq.num_computed >= seq.num_prompt for seq in self._running):
+            return rules.budget(self._budget, len(self._running), len(self._free_slots))
+        return self._budget
 
     def _schedule_running(self, rows: StepRows, budget: int) -> int:
         """Give each running sequence what it lacks, in order; returns the budget left."""
@@ -251,8 +251,12 @@ class Scheduler:
             self._plan(rows, seq, start, count, start + count == length)
         return budget
 
-    def _schedule_waiting(self, rows: StepRows, budget: int) -> None:
-        """Admit waiting sequences in order while budget, slots and pages last."""
+    def _schedule_waiting(self, rows: StepRows, budget: int, planned: int) -> None:
+        """Admit waiting sequences in order while budget, slots and pages last, beside the tokens `planned` so far."""
+        free = len(self._free_slots)
+        most = well_filled(planned + self.waiting.first_tokens(free), len(rows.sequences), free) - planned
+        if planned and self._chunked and most > 0:
+            budget = min(budget, most)
         while budget and self._free_slots:
             seq = self.waiting.peek()
             if seq is None or seq.num_pending:  # a preempted one whose token has not arrived
@@ -392,8 +396,3 @@ class Scheduler:
         if sorted(slots) != list(range(len(self.page_table))) or not np.array_equal(table, self.page_table):
             raise AssertionError(f"slots lost or page table wrong: {slots=}")
         self.pages.check_integrity(seq.pages for seq in self._running)
-
-
-def extend_known(seq: Sequence, page_size: int) -> None:
-    """Hash the full pages of a sequence's known tokens."""
-    extend_hashes(seq.page_hashes, seq.tokens[: seq.num_tokens], page_size, seq.request.cache_keys)

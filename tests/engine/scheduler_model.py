@@ -182,11 +182,12 @@ class Engine:
         assert [seq.slot for seq in work.sequences] == work.slots.tolist()
         if work.steps > 1:
             self.several += 1
+            assert work.steps <= self.scheduler._decode_steps
             assert (work.num_tokens == 1).all()
             assert work.samples.all()
             for seq, start in zip(work.sequences, work.starts.tolist(), strict=True):
                 assert not seq.needs_host
-                assert not seq.streams or self.rules.wait
+                assert not seq.streams or work.steps <= self.rules.decodes
                 assert start < seq.num_computed <= min(start + work.steps, len(seq.pages) * self.pages.page_size)
                 assert seq.num_computed == seq.length - 1
             return

@@ -27,7 +27,7 @@ def engines(draw):
         max_num_batched_tokens=draw(st.integers(1, 24)) if chunked else MAX_MODEL_LEN,
         long_prefill_token_threshold=draw(st.integers(0, 6)) if chunked else 0,
         decode_steps=draw(st.sampled_from([1, 1, 2, 3, 8])),
-        rules=StreamRules(wait=draw(st.booleans())),
+        rules=StreamRules(draw(st.integers(1, 8)), draw(st.sampled_from([None, 8]))),
     )
 
 
