@@ -222,7 +222,7 @@ def sampling_level(sequence: Sequence) -> Level:
     """The lowest level that serves a sequence's own token (its prompt may ask for more)."""
     params = sequence.params
     penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
-    constrained = sequence.request.edits is not None or params.min_tokens > 0
+    constrained = sequence.request.edits is not None or sequence.free_from > sequence.num_prompt
     if params.logprobs is not None or any(penalties) or constrained:
         return Level.SAMPLE
     return Level.GREEDY if params.greedy else Level.DRAW

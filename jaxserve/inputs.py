@@ -371,6 +371,7 @@ def make_sequences(
     left = max_model_len - len(prompt)
     room = left if params.max_tokens is None else min(params.max_tokens, left)
     seed = fallback_seed if params.seed is None else params.seed
+    stop = eos | frozenset(params.stop_token_ids or ())
     sequences = []
     for index in range(params.n):
         tokens = np.zeros(len(prompt) + room, np.int32)
@@ -383,8 +384,9 @@ def make_sequences(
                 tokens=tokens,
                 num_prompt=len(prompt),
                 num_tokens=len(prompt),
-                stop_ids=eos | frozenset(params.stop_token_ids or ()),
+                stop_ids=stop,
                 eos_ids=eos,
+                free_from=len(prompt) + params.min_tokens if stop else 0,
             )
         )
     return sequences

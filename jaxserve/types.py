@@ -172,7 +172,9 @@ class Sequence:
         num_pending: tokens sampled by steps in flight, whose value only the device knows yet.
         num_computed: tokens whose keys and values the dispatched steps have written (or found in the prefix cache).
         num_cached: prompt tokens found in the prefix cache when the sequence was first admitted.
-        needs_host: whether something acts on every token as it comes (stop strings, token-level constraints).
+        needs_host: whether the host has something to do with a token before the next is sampled.
+        free_from: length from which on any token may end it; those before must not.
+        watched: whether the host may find its end in its text or tokens.
         streams: whether someone looks at the tokens as they come.
         seed: 64-bit seed of this continuation's random keys.
         stop_ids: token ids that end it, end-of-sequence ids included unless ignored.
@@ -202,6 +204,8 @@ class Sequence:
     num_preemptions: int = 0
     stats: RequestStateStats = field(default_factory=RequestStateStats)
     needs_host: bool = True
+    free_from: int = 0
+    watched: bool = False
     streams: bool = False
     pool: int = 0
 
@@ -227,6 +231,11 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from there on, which the host knows, and those in flight."""
+        self.num_tokens, self.num_pending = length, 0
+        self.num_computed = min(self.num_computed, length)
 
     def check(self) -> None:
         """Assert the chain of lengths; cheap enough for property tests after every step."""

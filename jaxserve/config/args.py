@@ -186,8 +186,8 @@ class EngineArgs:
     decode_steps: int | None = field(
         default=None,
         metadata=about(
-            "decodes that run in a row on the device while nobody waits or watches the tokens; 8, on CPU and with more "
-            "than 6 GiB of weights 1",
+            "decodes launched at once while nobody waits for a place, streams bear it and no token needs the host (as "
+            "log-probabilities do); 8, on CPU and with more than 6 GiB of weights 1",
             "scheduler",
             "int",
             low=1,

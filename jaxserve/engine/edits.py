@@ -15,10 +15,9 @@ def step_edits(work: Work) -> EditRows:
     """All edits of a step, `(row, prev, token, value)`; `prev >= 0` makes one depend on the row's last token."""
     edits: EditRows = []
     for row, sequence in enumerate(work.sequences):
-        constraints, min_tokens = sequence.request.edits, sequence.params.min_tokens
-        if (constraints is None and min_tokens == 0) or not work.samples[row]:
+        constraints, position = sequence.request.edits, int(work.starts[row] + work.num_tokens[row])
+        if (constraints is None and position >= sequence.free_from) or not work.samples[row]:
             continue
-        position = int(work.starts[row] + work.num_tokens[row])
         row_edits = list(_row_edits(sequence, constraints or LogitEdits(), position))
         edits += [(row, *edit) for edit in row_edits]
     return edits
@@ -32,7 +31,7 @@ def _row_edits(sequence: Sequence, edits: LogitEdits, position: int) -> Iterator
     for token, value in edits.bias:
         if allowed is None or token in allowed:
             yield -1, token, value
-    if position - sequence.num_prompt < sequence.params.min_tokens:
+    if position < sequence.free_from:
         for token in sequence.stop_ids:
             if allowed is None or token in allowed:
                 yield -1, token, BAN

@@ -11,7 +11,7 @@ import numpy as np
 from jaxserve.config import EngineArgs, EngineConfig
 from jaxserve.engine.balancer import Balancer
 from jaxserve.engine.metrics import Metric, Metrics
-from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host, streams
+from jaxserve.engine.outputs import OutputProcessor, RequestRecord, needs_host, streams, watched
 from jaxserve.engine.pace import Pace
 from jaxserve.engine.pages import Pages
 from jaxserve.engine.runner import InFlight, Runner
@@ -106,6 +106,7 @@ class LLMEngine:
         for sequence in sequences:
             sequence.stats.arrival_time, sequence.stats.queued_ts = request.arrival_time, now
             sequence.needs_host, sequence.streams = needs_host(request), streams(request)
+            sequence.watched = watched(request)
             self.scheduler.add(sequence)
         self._outputs.add(request, sequences, ready)
         return request_id

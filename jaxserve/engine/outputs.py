@@ -15,11 +15,17 @@ from jaxserve.types import CompletionOutput, Logprob, PositionLogprobs, Request,
 
 
 def needs_host(request: Request) -> bool:
-    """Whether each token must reach the host before the next step is planned, because something acts on it."""
-    params = request.params
-    watched = params.stop or params.repetition_detection is not None or params.logprobs is not None
-    constrained = request.edits is not None or params.min_tokens > 0
-    return bool(watched) or constrained
+    """Whether each token must reach the host before the next is sampled.
+
+    So it is with log-probabilities, and with banned words of which the device does not know all tokens but the last.
+    """
+    words = () if request.edits is None else request.edits.bad_words
+    return request.params.logprobs is not None or any(len(word) > 2 for word in words)
+
+
+def watched(request: Request) -> bool:
+    """Whether its text or tokens may end it."""
+    return bool(request.params.stop) or request.params.repetition_detection is not None
 
 
 def streams(request: Request) -> bool:
@@ -36,20 +42,34 @@ class Continuation:
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
         params = sequence.params
         self.sequence = sequence
-        self.watched = bool(params.stop) or params.repetition_detection is not None  # its text or tokens may end it
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer: Detokenizer | None = None
+        self._num_checked = sequence.num_prompt  # tokens in which an end was looked for
         self._num_decoded = sequence.num_prompt  # tokens given to the detokenizer
         self._num_shown = sequence.num_prompt  # tokens in earlier DELTA outputs
         self.logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
 
-    def decode(self) -> str | None:
-        """Give new tokens to the detokenizer; the stop string they complete, if any."""
+    def end(self) -> tuple[int, str, str] | None:
+        """Length, finish and stop reason where a stop string or a repetition ends it, by the first token that does."""
         sequence = self.sequence
-        if self._tokenizer is None or self._num_decoded == sequence.num_tokens:
+        rule, found, length = sequence.params.repetition_detection, None, sequence.num_tokens
+        if rule is not None:
+            for end in range(self._num_checked + 1, length + 1):
+                if detect_repetition(sequence.tokens[sequence.num_prompt : end], rule):
+                    found = end, "repetition", "repetition_detected"
+                    break
+        self._num_checked = length
+        matched = self.decode(length if found is None else found[0]) if sequence.params.stop else None
+        if matched is not None and self._detokenizer is not None:
+            return sequence.num_prompt + self._detokenizer.num_tokens, "stop", matched
+        return None if found is None or (found[0] == length and sequence.finished) else found
+
+    def decode(self, end: int) -> str | None:
+        """Give new tokens up to a length to the detokenizer; the stop string they complete, if any."""
+        if self._tokenizer is None or self._num_decoded >= end:
             return None
-        return self._decode(sequence.tokens[self._num_decoded : sequence.num_tokens].tolist(), self._tokenizer)
+        return self._decode(self.sequence.tokens[self._num_decoded : end].tolist(), self._tokenizer)
 
     def _decode(self, new: list[int], tokenizer: Tokenizer) -> str | None:
         sequence, detokenizer = self.sequence, self._detokenizer
@@ -57,7 +77,8 @@ class Continuation:
             detokenizer = Detokenizer(tokenizer, sequence.request.prompt_token_ids, sequence.params)
             self._detokenizer = detokenizer
         self._num_decoded += len(new)
-        return detokenizer.update(new, sequence.finish_reason == "stop")
+        stop_token = sequence.finish_reason == "stop" and self._num_decoded == sequence.num_tokens
+        return detokenizer.update(new, stop_token)
 
     def delta(self) -> CompletionOutput:
         """What the last output did not hold. Its cost does not depend on how much there was before."""
@@ -79,8 +100,9 @@ class Continuation:
 
     def whole(self) -> CompletionOutput:
         """Everything that has been produced."""
-        self.decode()
-        sequence, detokenizer = self.sequence, self._detokenizer
+        sequence = self.sequence
+        self.decode(sequence.num_tokens)
+        detokenizer = self._detokenizer
         return CompletionOutput(
             index=sequence.index,
             text="" if detokenizer is None else detokenizer.text(sequence.finished),
@@ -171,6 +193,9 @@ class OutputProcessor:
         time would cost the steps of a crowd more than the device needs for them.
         """
         now = time.monotonic()
+        for sequence in gained:
+            if sequence.watched:
+                self._end_at(sequence, self._running[sequence][1].end())
         if self._metrics is not None:
             self._metrics.step(work, gained, now)
         if results.prompt is not None:
@@ -181,10 +206,8 @@ class OutputProcessor:
         changed: dict[RequestRecord, list[Continuation]] = {}  # of requests with several continuations
         owed, self._owed = self._owed, {}
         for sequence in gained:
-            if sequence.streams or sequence.needs_host or sequence.status is Status.FINISHED:
+            if sequence.streams or sequence.status is Status.FINISHED:
                 record, continuation = self._running[sequence]
-                if continuation.watched:
-                    self._check_text(continuation)
                 owed.pop(continuation, None)
                 if sequence.status is not Status.FINISHED and not record.ready():
                     self._owed[continuation] = record
@@ -216,15 +239,16 @@ class OutputProcessor:
                 self._metrics.finish([one.sequence for one in record.continuations], now)
         return output
 
-    def _check_text(self, continuation: Continuation) -> None:
-        """End a sequence at a stop string or a repetition; decoding waits for the end when nobody looks earlier."""
-        sequence = continuation.sequence
-        params = sequence.request.params
-        if params.stop and (matched := continuation.decode()) is not None and not sequence.finished:
-            self._scheduler.finish(sequence, "stop", matched)
-        rule = params.repetition_detection
-        if rule is not None and not sequence.finished and detect_repetition(sequence.output_ids, rule):
-            self._scheduler.finish(sequence, "repetition", "repetition_detected")
+    def _end_at(self, sequence: Sequence, end: tuple[int, str, str] | None) -> None:
+        """End a sequence at a stop string or a repetition; what it has gained after that is dropped.
+
+        It may have ended later, by its length or a token, or with the same token: then its text decides.
+        """
+        if end is not None:
+            length, reason, stop_reason = end
+            if not self._scheduler.finish(sequence, reason, stop_reason):
+                sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+            sequence.cut(length)
 
     def _add_logprobs(self, work: Work, scores: HostScores, gained: list[Sequence]) -> None:
         wanted = {sequence for sequence in gained if sequence.params.logprobs is not None}

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MIN_MIXED_TOKENS = 16
 FREE_TOKENS = 256  # up to about so many the weights bound a step of an accelerator: mixed sizes below are 4 apart
+COSTLY_SEQS = 256  # decodes of so many take longer than those of fewer: sizes above half of it are 1.5 apart
 MIN_EDITS = 1024
 WASTE = 4  # a program this many times too large runs rather than compiling the right one between two steps
 
@@ -49,9 +50,9 @@ class Buckets:
     """The short list of step shapes: decodes by sequences, mixed steps by tokens with room for half as many sequences.
 
     Accelerators decode a few padding rows for nothing, since the weights bound the step: small decodes share buckets,
-    and so do those with rare sampling parameters. A branch at run time costs them much, so there plain random sampling
-    (level DRAW) has decodes of its own; elsewhere level SAMPLE serves it. A TPU works on eight rows or more at a time:
-    `smallest` decodes spare it the programs below.
+    large ones have more of them, and those with rare sampling parameters fewer. A branch at run time costs them much,
+    so there plain random sampling (level DRAW) has decodes of its own; elsewhere level SAMPLE serves it. A TPU works on
+    eight rows or more at a time: `smallest` decodes spare it the programs below.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Buckets:
         powers = _powers(min(smallest, max_num_seqs), max_num_seqs)
         self._accelerator = accelerator
         small = (2, 8) if accelerator and smallest == 1 else ()  # they run as 4 and 16
-        self._decode = [size for size in powers if size not in small or size == max_num_seqs]
+        middle = {3 * size // 4 for size in powers if accelerator and size >= COSTLY_SEQS and size.bit_count() == 1}
+        kept = {size for size in powers if size not in small or size == max_num_seqs}
+        self._decode = sorted(kept | middle)
         most = max(max_num_batched_tokens, _next_power(2 * min(max_num_seqs, max_num_batched_tokens)))
         self._tokens = _powers(min(MIN_MIXED_TOKENS, most), most)
         if accelerator:

@@ -188,7 +188,7 @@ class Scheduler:
             seq.tokens[length] = token
             seq.num_tokens = length = length + 1
             seq.num_pending -= 1
-            if token in seq.stop_ids and length - seq.num_prompt >= seq.request.params.min_tokens:
+            if token in seq.stop_ids and length >= seq.free_from:
                 self.finish(seq, "stop", None if token in seq.eos_ids else token)
                 return
             if length == len(seq.tokens):
@@ -205,8 +205,10 @@ class Scheduler:
         for seq in self._running:
             left = len(seq.tokens) - seq.num_tokens - seq.num_pending
             if left:
-                if seq.needs_host or seq.num_tokens + seq.num_pending - seq.num_computed != 1:
+                if seq.needs_host or len(seq.tokens) - left - seq.num_computed != 1:
                     return 1
+                if seq.num_computed + 1 < seq.free_from:
+                    steps = min(steps, seq.free_from - seq.num_computed - 1)
                 missing += -(-(seq.num_computed + min(left, steps)) // page_size) - len(seq.pages)
                 num_rows += 1
         return 1 if missing > self.pages.num_free or num_rows > self._budget else steps

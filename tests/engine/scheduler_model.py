@@ -22,7 +22,8 @@ def make_sequence(prompt, max_tokens=8, *, name="r", index=0, priority=0, arriva
     tokens = np.full(len(prompt) + max_tokens, -7, np.int32)
     tokens[: len(prompt)] = prompt
     stop_ids, eos_ids = (frozenset({EOS, STOP}), frozenset({EOS})) if stops else (frozenset(), frozenset())
-    return Sequence(request, index, index, tokens, len(prompt), len(prompt), stop_ids, eos_ids)
+    first = len(prompt) + options.min_tokens
+    return Sequence(request, index, index, tokens, len(prompt), len(prompt), stop_ids, eos_ids, free_from=first)
 
 
 def next_token(seq: Sequence, position: int) -> int:
@@ -187,6 +188,7 @@ class Engine:
             assert work.samples.all()
             for seq, start in zip(work.sequences, work.starts.tolist(), strict=True):
                 assert not seq.needs_host
+                assert not start + 1 < seq.free_from < start + 1 + work.steps
                 assert not seq.streams or work.steps <= self.rules.decodes
                 assert start < seq.num_computed <= min(start + work.steps, len(seq.pages) * self.pages.page_size)
                 assert seq.num_computed == seq.length - 1

@@ -55,3 +55,14 @@ def test_a_few_programs_cover_every_common_step(most: int, steps: int, accelerat
     assert few[0] == buckets.largest
     assert not few[0].decode_only
     assert all(any(known.covers(bucket) for known in few) for bucket in buckets.all())
+
+
+def test_large_decodes_have_sizes_between_the_powers_of_two_on_accelerators():
+    for most, sizes in ((128, [64, 128]), (256, [128, 192, 256]), (300, [192, 256, 300]), (512, [256, 384, 512])):
+        buckets = Buckets(most, 2048, 1, accelerator=True)
+        found = sorted({bucket.seqs for bucket in buckets.all() if bucket.decode_only and bucket.level is Level.GREEDY})
+        assert found[-len(sizes) :] == sizes
+        if most > 128:
+            assert buckets.choose(129, 129, Level.DRAW, 0).seqs == 192
+    cpu = Buckets(256, 2048, 1, accelerator=False)
+    assert cpu.choose(129, 129, Level.GREEDY, 0).seqs == 256

@@ -45,6 +45,7 @@ def make_sequence(rng, params: SamplingParams, prompt: list[int], output: list[i
     return Sequence(
         request=request, index=0, seed=int(rng.integers(2**63)), tokens=tokens, num_prompt=len(prompt),
         num_tokens=len(prompt) + len(output), stop_ids=frozenset({2, 3}), eos_ids=frozenset({2}), slot=slot,
+        free_from=len(prompt) + params.min_tokens,
     )  # fmt: skip
 
 
