@@ -24,6 +24,7 @@ from pallas_kernels.attention.hopper_stream_kernel import Sizes, kernel
 from pallas_kernels.tuning import tuned
 
 MAX_COMPACT = 16  # heads of a group that partial results are merged by; the code grows with them
+PAGE_BITS = PAGE.bit_length() - 1
 SMEM_BYTES = 230_600  # of the 232,448 that a CTA may have
 
 
@@ -67,14 +68,20 @@ class StreamConfig:
         return 1 if self.warpgroups == 1 else 2 * (WG_ROWS // group)
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StreamPlan:
-    """Who reads what; the same for all layers of a step. A run's words end with those of its first tile."""
+    """Who reads what; the same for all layers of a step.
 
-    tiles: Int[Array, "tile_words"]
-    runs: Int[Array, "run_words"]
-    totals: Int[Array, "2"]  # pages of all groups; rows of the batch that hold tokens
+    Attributes:
+        words: of each run and of its first tile; pages of all groups, and rows of the batch that hold tokens; of each
+            tile; and the page table. One array, since making one takes a GPU as long as a step of the plan.
+        num_tiles: in `words`.
+        pages_per_seq: of the page table.
+    """
+
+    words: Int[Array, "words"]
+    num_tiles: int
+    pages_per_seq: int
 
 
 def plan_stream(
@@ -91,55 +98,67 @@ def plan_stream(
     """Cut the rows of all sequences with at most `max_q_len` rows into tiles, and the work into runs.
 
     Runs end where groups do if that makes the longest little longer: to share groups takes 3 to 12 us of a call. Also
-    twice as long a run may be the better one, since a CTA reads faster the fewer others do.
+    twice as long a run may be the better one, since a CTA reads faster the fewer others do. The entries of `page_table`
+    must be in bounds. For decodes XLA makes six to eight kernels of it, each of which waits for the one before.
     """
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    counts = jnp.where(q_lens <= max_q_len, (q_lens + tile_tokens - 1) // tile_tokens, 0)
-    upto = running_sum(counts)
-    index = jnp.arange(num_tiles, dtype=jnp.int32)
-    seq = jnp.minimum(below(upto, index), len(counts) - 1)
-    skipped = (index - upto[seq] + counts[seq]) * tile_tokens
-    tokens = jnp.clip(q_lens[seq] - skipped, 0, tile_tokens)
-    position = kv_lens[seq] - q_lens[seq] + skipped
-    low = jnp.zeros_like(index) if window is None else jnp.maximum(position - window + 1, 0) // PAGE
-    pages = jnp.where(index < upto[-1], (position + tokens + PAGE - 1) // PAGE - low, 0)
-    ends = running_sum(pages)
-    total = ends[-1] * key_heads
+    if tile_tokens == 1 and max_q_len >= num_tiles:  # every row is a tile
+        counts, upto = q_lens, cu_q_lens[1:]
+    else:
+        counts = jnp.where(q_lens <= max_q_len, (q_lens + tile_tokens - 1) // tile_tokens, 0)
+        upto = running_sum(counts)
+    seqs, index = jnp.arange(len(counts), dtype=jnp.int32), jnp.arange(num_tiles, dtype=jnp.int32)
+    columns, most = [seqs, cu_q_lens[:-1], upto - counts, q_lens, kv_lens], page_table.shape[1]
+
+    def describe(columns: list[Int[Array, "..."]], tile: Int[Array, "..."]) -> list[Int[Array, "..."]]:
+        """The words of tiles of these sequences."""
+        seq, row, begun, q_len, kv_len = columns
+        skipped = (tile - begun) * tile_tokens
+        tokens = jnp.clip(q_len - skipped, 0, tile_tokens)
+        position = kv_len - q_len + skipped
+        low = jnp.zeros_like(position) if window is None else jnp.maximum(position - window + 1, 0) >> PAGE_BITS
+        pages = jnp.clip(position + tokens + PAGE - 1 >> PAGE_BITS, 1, most)  # a row past its end may have more
+        return [row + skipped, tokens, seq, position, low, pages - low]
+
+    owns, bits = (upto - counts <= index[:, None]) & (index[:, None] < upto), most.bit_length()
+    every = (seqs << bits) + describe(columns, index[:, None])[-1]
+    both = jnp.sum(jnp.where(owns, every, 0), axis=1, dtype=jnp.int32)
+    owner, pages = both >> bits, both & ((1 << bits) - 1)  # of each tile, in one sum
+    ends = running_sum(pages) * key_heads
+    total = ends[-1]
     cta = jnp.arange(config.ctas + 1, dtype=jnp.int32)
     mean = total // config.ctas
     cuts = mean * cta + jnp.minimum(total % config.ctas, cta)  # empty runs come last
-
-    def locate(place: Int[Array, "n"]) -> tuple[Array, Array]:
-        """Group that holds a place in the order of all pages, and the page within it."""
-        tile = jnp.minimum(below(ends * key_heads, place), num_tiles - 1)
-        rest = place - (ends - pages)[tile] * key_heads
-        size = jnp.maximum(pages[tile], 1)
-        return tile * key_heads + rest // size, rest % size
-
-    group, page = locate(cuts)
-    size = pages[jnp.minimum(group // key_heads, num_tiles - 1)]
+    tile = jnp.minimum(below(ends, cuts), num_tiles - 1)
+    size = pages[tile]
+    place, divisor = cuts - ends[tile] + size * key_heads, jnp.maximum(size, 1)
+    group = jnp.where(cuts < total, tile * key_heads + place // divisor, upto[-1] * key_heads)
+    page = jnp.where(cuts < total, place % divisor, 0)
     later = 2 * page > size
-    borders = jnp.where(cuts < total, cuts - page + jnp.where(later, size, 0), total)  # the nearest ones
+    borders = cuts - page + jnp.where(later, size, 0)  # the nearest ones
     apart = config.whole | (jnp.max(borders[1:] - borders[:-1]) <= mean + jnp.minimum(mean + 2, config.sharing))
     cuts = jnp.where(apart, borders, cuts)
     group, page = jnp.where(apart & later, group + 1, group), jnp.where(apart, 0, page)
     sizes = cuts[1:] - cuts[:-1]
-    last_group, last_page = locate(cuts[1:] - 1)
+    last_group = jnp.where(page > 0, group, group - 1)[1:]
+    last_size = pages[jnp.clip(last_group // key_heads, 0, num_tiles - 1)]
+    last = jnp.where(page[1:] > 0, page[1:], last_size)
     group, page = group[:-1], page[:-1]
     touched = jnp.where(sizes > 0, last_group - group + 1, 0)
-    tiles = jnp.stack([cu_q_lens[seq] + skipped, tokens, seq, position, low, pages], axis=1)
     first = jnp.minimum(group // key_heads, num_tiles - 1)
-    place = page_table.at[seq[first], low[first] + page].get(mode="clip")
-    runs = jnp.stack([group, page, place, sizes, touched, last_page + 1], axis=1)
-    runs = jnp.concatenate([runs, tiles[first]], axis=1)
-    return StreamPlan(tiles.reshape(-1), runs.reshape(-1), jnp.stack([total, cu_q_lens[-1]]))
+    first_words = describe([column[owner[first]] for column in columns], first)
+    at = page_table.at[owner[first], first_words[4] + page].get(mode="clip")
+    runs = jnp.stack([group, page, at, sizes, touched, last, *first_words], axis=1)
+    tiles = jnp.stack(describe([column[owner] for column in columns], index), axis=1)
+    totals = jnp.stack([total, cu_q_lens[-1]])
+    words = jnp.concatenate([part.reshape(-1) for part in (runs, totals, tiles, page_table)])
+    return StreamPlan(words, num_tiles, most)
 
 
 def stream_attention(
     q: Float[Array, "T N H"],
     kv: Float[Array, "L pages 2 K p H"],
     layer: int | Int[Array, ""],
-    page_table: Int[Array, "S P"],
     plan: StreamPlan,
     *,
     scale: float,
@@ -158,8 +177,8 @@ def stream_attention(
     key_heads = kv.shape[3]
     sizes = Sizes(
         config.ctas, config.warpgroups, config.stages, config.queries, config.compact, config.whole,
-        config.tile_tokens(heads // key_heads), num_tokens, heads, key_heads, width, q.dtype, scale, window, soft_cap,
-        interpret is not None,
+        config.tile_tokens(heads // key_heads), plan.num_tiles, plan.pages_per_seq, num_tokens, heads, key_heads,
+        width, q.dtype, scale, window, soft_cap, interpret is not None,
     )  # fmt: skip
     rows, group = config.warpgroups * WG_ROWS, sizes.group
     partial = (
@@ -185,7 +204,7 @@ def stream_attention(
         scratch_types=_scratch(sizes),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=128),
     )(
-        jnp.reshape(jnp.asarray(layer, jnp.int32), 1), page_table, plan.tiles, plan.runs, plan.totals, packed, kv,
+        jnp.reshape(jnp.asarray(layer, jnp.int32), 1), plan.words, packed, kv,
         *(() if out is None else (out,)),
     )  # fmt: skip
     return outputs[0] if out is None else jax.freeze(out)

@@ -27,6 +27,7 @@ class Sizes:
     Attributes:
         ctas, warpgroups, stages, queries, compact, whole: as in `StreamConfig`.
         tile_tokens: tokens of one sequence that share a tile.
+        num_tiles, pages_per_seq: as in `StreamPlan`.
         num_tokens, heads, key_heads, width: of the queries and the cache.
         dtype: of the queries and the cache.
         scale, window, soft_cap: as the op has them.
@@ -40,6 +41,8 @@ class Sizes:
     compact: bool
     whole: bool
     tile_tokens: int
+    num_tiles: int
+    pages_per_seq: int
     num_tokens: int
     heads: int
     key_heads: int
@@ -49,6 +52,21 @@ class Sizes:
     window: int | None
     soft_cap: float | None
     interpreted: bool
+
+    @property
+    def totals(self) -> int:
+        """Place of the totals in the words of the plan, behind those of the runs."""
+        return self.ctas * (RUN_WORDS + TILE_WORDS)
+
+    @property
+    def tiles(self) -> int:
+        """Place of the tiles."""
+        return self.totals + 2
+
+    @property
+    def table(self) -> int:
+        """Place of the page table."""
+        return self.tiles + self.num_tiles * TILE_WORDS
 
     @property
     def group(self) -> int:
@@ -80,10 +98,7 @@ class Refs(NamedTuple):
     """The kernel's references: inputs, outputs, SMEM (`_in`, `_s`) and barriers."""
 
     layer: Any
-    table: Any
-    tiles: Any
-    runs: Any
-    totals: Any
+    words: Any
     q: Any
     kv: Any
     out: Any
@@ -123,13 +138,13 @@ class Run:
 
     def cut(self, c: Any) -> Any:
         """Where a CTA's run begins in the order of all pages; as in the plan."""
-        total, ctas = self.refs.totals, self.sizes.ctas
-        return lax.div(total[0], ctas) * c + jnp.minimum(lax.rem(total[0], ctas), c)
+        total, ctas = self.refs.words[self.sizes.totals], self.sizes.ctas
+        return lax.div(total, ctas) * c + jnp.minimum(lax.rem(total, ctas), c)
 
     def begun_by(self, place: Any) -> Any:
         """The CTA whose run holds a place in the order of all pages."""
-        total, ctas = self.refs.totals, self.sizes.ctas
-        size, extra = lax.div(total[0], ctas), lax.rem(total[0], ctas)
+        total, ctas = self.refs.words[self.sizes.totals], self.sizes.ctas
+        size, extra = lax.div(total, ctas), lax.rem(total, ctas)
         longer = extra * (size + 1)  # pages in the runs that have one more
         late = extra + lax.div(place - longer, jnp.maximum(size, 1))
         return jnp.where(place < longer, lax.div(place, size + 1), late)
@@ -141,7 +156,7 @@ class Run:
     def begin(self) -> tuple[Any, ...]:
         """What `describe` says of the first group, from the words of the run: there is nothing to hide a look-up."""
         base = self.cta * (RUN_WORDS + TILE_WORDS) + RUN_WORDS
-        words = (self.refs.runs[base + j] for j in range(TILE_WORDS))
+        words = (self.refs.words[base + j] for j in range(TILE_WORDS))
         return lax.rem(self.first_group, self.sizes.key_heads), *words
 
     def describe(self, i: Any) -> tuple[Any, ...]:
@@ -153,8 +168,12 @@ class Run:
         last = jnp.maximum(self.touched - 1, 0)
         number = self.first_group + jnp.where(i <= 1, jnp.minimum(i * last, last), jnp.minimum(i - 1, last))
         key_heads = self.sizes.key_heads
-        tile = lax.div(number, key_heads) * TILE_WORDS
-        return (lax.rem(number, key_heads), *(self.refs.tiles[tile + j] for j in range(TILE_WORDS)))
+        tile = self.sizes.tiles + lax.div(number, key_heads) * TILE_WORDS
+        return (lax.rem(number, key_heads), *(self.refs.words[tile + j] for j in range(TILE_WORDS)))
+
+    def page(self, seq: Any, number: Any) -> Any:
+        """A page of a sequence, by its place among the sequence's pages."""
+        return self.refs.words[self.sizes.table + seq * self.sizes.pages_per_seq + number]
 
     def part(self, i: Any, pages: Any) -> tuple[Any, Any]:
         """First page of the i-th group that is in the run, and how many are."""
@@ -169,7 +188,7 @@ def kernel(sizes: Sizes, *references: Any) -> None:
     semaphores = plgpu.SemaphoreType.REGULAR((sizes.ctas * sizes.warpgroups,))
     sems = None if sizes.whole else pl.get_global(semaphores)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    run = Run(sizes, refs, sems, cta, wg, *(refs.runs[cta * (RUN_WORDS + TILE_WORDS) + j] for j in range(RUN_WORDS)))
+    run = Run(sizes, refs, sems, cta, wg, *(refs.words[cta * (RUN_WORDS + TILE_WORDS) + j] for j in range(RUN_WORDS)))
     pl.when(wg == sizes.warpgroups)(functools.partial(load, run))
     pl.when(wg < sizes.warpgroups)(functools.partial(compute, run))
 
@@ -199,7 +218,7 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
     group, tile_tokens, stages = sizes.group, sizes.tile_tokens, sizes.stages
     done, (head, row, _, seq, _, low, pages), first = carry
     following = run.describe(i + 1)
-    following_first = refs.table[following[3], following[5]]
+    following_first = run.page(following[3], following[5])
     start, count = run.part(i, pages)
     slot = lax.rem(i, sizes.queries)
 
@@ -216,7 +235,7 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
 
     def fetch(j, page):
         stage = lax.rem(done + j, stages)
-        upcoming = refs.table[seq, base + jnp.minimum(j + 1, count - 1)]
+        upcoming = run.page(seq, base + jnp.minimum(j + 1, count - 1))
 
         @pl.when(done + j >= stages)
         def _():
@@ -469,10 +488,11 @@ def clear_padding(run: Run) -> None:
     sizes, refs, group = run.sizes, run.refs, run.sizes.group
     refs.o_s[0] = plgpu.layout_cast(jnp.zeros((WG_ROWS, sizes.width), sizes.dtype), plgpu.Layout.WGMMA)
     plgpu.commit_smem()
-    padding = jnp.maximum(sizes.num_tokens - refs.totals[1] - run.cta, 0)
+    end = refs.words[sizes.totals + 1]  # of the tokens
+    padding = jnp.maximum(sizes.num_tokens - end - run.cta, 0)
 
     @pl.loop(0, lax.div(padding + sizes.ctas - 1, sizes.ctas) * sizes.key_heads)
     def _(i):
-        row = refs.totals[1] + run.cta + lax.div(i, sizes.key_heads) * sizes.ctas
+        row = end + run.cta + lax.div(i, sizes.key_heads) * sizes.ctas
         target = (row * sizes.key_heads + lax.rem(i, sizes.key_heads)) * group
         plgpu.copy_smem_to_gmem(refs.o_s.at[0, pl.ds(0, group)], refs.out.at[pl.ds(target, group)])

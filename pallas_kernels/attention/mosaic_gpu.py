@@ -68,7 +68,7 @@ def hopper_attention(
         tiles = min(seqs * -(-longest // tokens), seqs + num_tokens // tokens)
     plan = plan_stream(cu_q_lens, kv_lens, page_table, tiles, tokens, longest, key_heads, window, config)
     if num_tokens <= longest:
-        out = stream_attention(q, kv, layer, page_table, plan, config=config, **options)
+        out = stream_attention(q, kv, layer, plan, config=config, **options)
         return out.reshape(q.shape)
     _check_long(width)
     long_plan = plan_prefill(cu_q_lens, kv_lens, num_tokens, longest + 1)
@@ -76,7 +76,7 @@ def hopper_attention(
         q, kv, layer, page_table, long_plan, config=PrefillConfig.fit(ctas, width), **options
     )  # fmt: skip
     out = jax.new_ref(long.reshape(num_tokens * heads, width))
-    return stream_attention(q, kv, layer, page_table, plan, config=config, out=out, **options).reshape(q.shape)
+    return stream_attention(q, kv, layer, plan, config=config, out=out, **options).reshape(q.shape)
 
 
 def short_rows() -> int:

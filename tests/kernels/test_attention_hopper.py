@@ -101,7 +101,9 @@ def test_plan_visits_every_page_once(lens: tuple[int, ...], runs_share_groups: b
     starts = jnp.array([0, 1, 2, 2, 3], jnp.int32)
     table = jnp.arange(4 * 80, dtype=jnp.int32).reshape(4, 80)
     plan = hopper_stream.plan_stream(starts, jnp.array(lens, jnp.int32), table, 4, 1, 4, 2, None, config)
-    tiles, runs = np.asarray(plan.tiles).reshape(-1, TILE_WORDS), np.asarray(plan.runs).reshape(7, -1)
+    parts = np.split(np.asarray(plan.words), np.cumsum([7 * (RUN_WORDS + TILE_WORDS), 2, 4 * TILE_WORDS]))
+    runs, totals, tiles = parts[0].reshape(7, -1), parts[1], parts[2].reshape(-1, TILE_WORDS)
+    np.testing.assert_array_equal(parts[3].reshape(table.shape), table)
     seen = []
     for run in runs.tolist():
         first, start, place, size, touched, last = run[:RUN_WORDS]
@@ -117,7 +119,7 @@ def test_plan_visits_every_page_once(lens: tuple[int, ...], runs_share_groups: b
         assert left == 0
     pages = [(s, -(-lens[s] // 64)) for s in (0, 1, 3)]
     assert seen == [(s, h, p) for s, n in pages for h in range(2) for p in range(n)]
-    assert plan.totals.tolist() == [2 * sum(n for _, n in pages), 3]
+    assert totals.tolist() == [2 * sum(n for _, n in pages), 3]
     assert runs[:, 1].any() == runs_share_groups
     if runs_share_groups:
         assert max(runs[:, 3]) - min(runs[:, 3]) <= 1
