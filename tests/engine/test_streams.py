@@ -239,7 +239,7 @@ def run(engine: LLMEngine) -> list[RequestOutput]:
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_streams_of_several_decodes_at_a_time(tiny_model: Path, compilation_cache: str, copies: int) -> None:
-    """Five of them are one program, three are a program three times; none is written where it does not belong."""
+    """Five of them are one program, three are a program three times."""
     options = {"decode_steps": 5, "data_parallel_size": copies, "num_gpu_blocks_override": 26}  # pages are used again
     engine = LLMEngine.from_engine_args(args(tiny_model, compilation_cache, **options))
     kinds = (DELTA, dataclasses.replace(DELTA, temperature=1.0, seed=3, repetition_penalty=1.3))
