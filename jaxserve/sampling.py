@@ -151,16 +151,17 @@ def draw(
     is_random = rows.temperature > 0
     # Not `logits / temperature`: XLA makes that this product in some programs and places and not in others, but every
     # part of the row must be rounded as the floor was.
-    inverse = (1 / jnp.where(is_random, rows.temperature, 1))[:, None]
-    scaled = logits * inverse
+    inverse = 1 / jnp.where(is_random, rows.temperature, 1)
+    scaled = logits * inverse[:, None]
     top_k = jnp.where(is_random, rows.top_k, 0)
     top_p, min_p = jnp.where(is_random, rows.top_p, 1), jnp.where(is_random, rows.min_p, 0)
-    floor = top_k_top_p_floor(scaled, top_k, top_p, min_p, axis=MODEL if shards() > 1 else None)[:, None]
-    best = most(jnp.max(scaled, axis=1, keepdims=True))
+    axis = MODEL if shards() > 1 else None
+    floor = top_k_top_p_floor(logits, top_k, top_p, min_p, inverse, axis=axis)[:, None]
+    best = most(jnp.max(logits, axis=1, keepdims=True)) * inverse[:, None]
 
     def weight(part: Float[Array, "S n"]) -> Float[Array, "S n"]:
         """Unnormalised probabilities of some of the logits; of a greedy row, 1 for the best."""
-        part = part * inverse
+        part = part * inverse[:, None]
         random = jnp.where(part >= floor, jnp.exp(part - best), 0)
         return jnp.where(is_random[:, None], random, (part == best).astype(jnp.float32))
 

@@ -113,6 +113,7 @@ def make_buffer(bucket: Bucket, limits: Limits, context: int) -> np.ndarray:
         "slots": np.arange(bucket.seqs),
         "cu_q_lens": np.arange(bucket.seqs + 1) * per_seq,
         "kv_lens": np.full(bucket.seqs, context),
+        "capacity": np.full(bucket.seqs, limits.pages_per_seq * limits.page_size),
         "page_table": rng.permutation(limits.num_pages).reshape(bucket.seqs, limits.pages_per_seq),
     }
     buffer = np.zeros(packed_size(bucket, limits), np.int32)

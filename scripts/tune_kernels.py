@@ -89,20 +89,20 @@ class Contest:
         return min(max(-(-COLD_BYTES // each), 2), MOST_CALLS)
 
     @property
-    def shapes(self) -> tuple[Shape, list[tuple[Shape, ...]]]:
-        """Of the tokens, and of the weights of each call."""
-        weights = tuple(Shape(shape, jnp.bfloat16) for shape in self.weights)
-        return Shape((self.tokens, self.weights[0][-1]), jnp.bfloat16), [weights] * self.calls
+    def shapes(self) -> list[tuple[Shape, ...]]:
+        """Of the operands of each call; with tokens in common, XLA would join weights to one product."""
+        sizes = (self.tokens, self.weights[0][-1]), *self.weights
+        return [tuple(Shape(shape, jnp.bfloat16) for shape in sizes)] * self.calls
 
     def compile(self, name: str) -> jax.stages.Compiled | Exception:
         """The program of a candidate, or why there is none."""
         call = self.candidates[name]
 
-        def chain(x: jax.Array, weights: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
-            return [call(x, *some) for some in weights]
+        def chain(operands: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
+            return [call(*some) for some in operands]
 
         try:
-            return jax.jit(chain).lower(*self.shapes).compile(dict(COMPILER_OPTIONS["gpu"]))
+            return jax.jit(chain).lower(self.shapes).compile(dict(COMPILER_OPTIONS["gpu"]))
         except UNFIT as error:
             return error
 
@@ -163,34 +163,38 @@ def gated_contests(configs: Iterable[ModelConfig], shards: int, tokens: Sequence
     return contests
 
 
-def fill(contest: Contest) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
-    """Random tokens and weights that give numbers of about 1."""
-    x, weights = contest.shapes
+def fill(contest: Contest) -> list[tuple[jax.Array, ...]]:
+    """Random tokens and weights of each call that give numbers of about 1."""
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(shape[-1] ** -0.5, jnp.bfloat16)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+        return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(scale, jnp.bfloat16)
 
-    keys = iter(jax.random.split(jax.random.key(0), 1 + sum(map(len, weights))))
-    tokens = jax.random.normal(next(keys), x.shape, x.dtype)
-    return tokens, [tuple(draw(next(keys), one.shape) for one in some) for some in weights]
+    def operands(key: jax.Array, tokens: Shape, *weights: Shape) -> tuple[jax.Array, ...]:
+        first, *others = jax.random.split(key, 1 + len(weights))
+        return draw(first, tokens.shape, 1.0), *(
+            draw(one, weight.shape, weight.shape[-1] ** -0.5) for one, weight in zip(others, weights, strict=True)
+        )
+
+    keys = jax.random.split(jax.random.key(0), contest.calls)
+    return [operands(key, *shapes) for key, shapes in zip(keys, contest.shapes, strict=True)]
 
 
-def race(programs: dict[str, jax.stages.Compiled], arguments: Sequence[Any], calls: int) -> dict[str, float]:
+def race(programs: dict[str, jax.stages.Compiled], operands: Sequence[tuple[jax.Array, ...]]) -> dict[str, float]:
     """Microseconds of a call by candidate: the best of rounds in which all take their turn."""
     best = dict.fromkeys(programs, math.inf)
     repeats = dict.fromkeys(programs, 1)
     for number in range(ROUNDS + 1):
         for name, program in programs.items():
-            jax.block_until_ready(program(*arguments))
+            jax.block_until_ready(program(operands))
             start = time.perf_counter()
-            jax.block_until_ready([program(*arguments) for _ in range(repeats[name])][-1])
+            jax.block_until_ready([program(operands) for _ in range(repeats[name])][-1])
             taken = (time.perf_counter() - start) / repeats[name]
             if number:
                 best[name] = min(best[name], taken)
             else:
                 repeats[name] = max(1, round(SECONDS / taken))
-    return {name: seconds / calls * 1e6 for name, seconds in best.items()}
+    return {name: seconds / len(operands) * 1e6 for name, seconds in best.items()}
 
 
 def decide(contest: Contest, futures: dict[str, Future]) -> dict[str, Any]:
@@ -198,15 +202,15 @@ def decide(contest: Contest, futures: dict[str, Future]) -> dict[str, Any]:
     compiled = {name: future.result() for name, future in futures.items()}
     out: dict[str, Any] = {name: str(found) for name, found in compiled.items() if isinstance(found, Exception)}
     programs = {name: found for name, found in compiled.items() if not isinstance(found, Exception)}
-    arguments = fill(contest)
-    expected = np.asarray(programs["xla"](*arguments)[-1], np.float32)
+    operands = fill(contest)
+    expected = np.asarray(programs["xla"](operands)[-1], np.float32)
     for name in [name for name in programs if name != "xla"]:
-        got = np.asarray(programs[name](*arguments)[-1], np.float32)
+        got = np.asarray(programs[name](operands)[-1], np.float32)
         error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
         if not error < MOST_ERROR:
             out[name] = f"relative error {error:.1e}"
             del programs[name]
-    times = race(programs, arguments, contest.calls)
+    times = race(programs, operands)
     rivals = {name: us for name, us in times.items() if name != "xla" and us < GAIN * times["xla"]}
     winner = min(rivals, key=rivals.__getitem__, default="xla")
     us = {name: round(value, 1) for name, value in times.items()}
@@ -221,7 +225,9 @@ def hold(contests: Sequence[Contest]) -> list[dict[str, Any]]:
             {name: pool.submit(contextvars.copy_context().run, one.compile, name) for name in one.candidates}
             for one in contests
         ]
-        for contest, some in zip(tqdm(contests, unit=" contests"), futures, strict=True):
+        for future in tqdm([one for some in futures for one in some.values()], "Compiling", unit=" programs"):
+            future.exception()  # threads that still compile would hold up the launches
+        for contest, some in zip(tqdm(contests, "Racing", unit=" contests"), futures, strict=True):
             results.append(decide(contest, some))
             some.clear()  # programs hold memory
             tqdm.write(json.dumps(results[-1]))

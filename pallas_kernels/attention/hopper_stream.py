@@ -234,4 +234,5 @@ def _scratch(sizes: Sizes) -> list[Any]:
         barriers(stages),
         barriers(stages),
         barriers(stages, warpgroups),
+        barriers(1),
     ]

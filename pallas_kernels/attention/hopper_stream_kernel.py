@@ -15,6 +15,7 @@ from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, WG_THREADS,
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
 RUN_WORDS = 6  # first (tile, head) group, first page of it, its place, pages in all, groups touched, pages of the last
 MERGE = 8  # partial results whose loads are in flight together
+HALF = PAGE // 2  # tokens: of a page that holds no more, only these are read
 
 whole_load = functools.partial(plgpu.load, optimized=False)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma tile
@@ -117,6 +118,7 @@ class Refs(NamedTuple):
     k_full: Any
     v_full: Any
     free: Any
+    cleared: Any
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def load(run: Run) -> None:
     segment = functools.partial(load_segment, run, refs.layer[0])
     start = jnp.int32(0), run.begin(), run.first_place
     done = lax.fori_loop(0, run.touched, segment, start)[0]
+    pl.when(done == 0)(lambda: plgpu.barrier_wait(refs.cleared.at[0]))
 
     # Drain, so that every barrier ends in a completed phase (the interpreter checks it).
     @pl.loop(jnp.maximum(done - sizes.stages, 0), done)
@@ -216,7 +219,7 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
     """Queries and pages of the run's i-th group; the next group's words and first page are read ahead of their use."""
     sizes, refs = run.sizes, run.refs
     group, tile_tokens, stages = sizes.group, sizes.tile_tokens, sizes.stages
-    done, (head, row, _, seq, _, low, pages), first = carry
+    done, (head, row, tokens, seq, position, low, pages), first = carry
     following = run.describe(i + 1)
     following_first = run.page(following[3], following[5])
     start, count = run.part(i, pages)
@@ -232,6 +235,7 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
         source, box = refs.q.at[pl.ds(row, tile_tokens), head], pl.ds(0, tile_tokens)
     plgpu.copy_gmem_to_smem(source, refs.q_in.at[slot, box], refs.q_full.at[slot])
     base = low + start
+    left = position + tokens - base * PAGE  # from the segment's first page on
 
     def fetch(j, page):
         stage = lax.rem(done + j, stages)
@@ -241,20 +245,34 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
         def _():
             plgpu.barrier_wait(refs.free.at[stage])
 
-        plgpu.copy_gmem_to_smem(refs.kv.at[layer, page, 0, head], refs.k_s.at[stage], refs.k_full.at[stage])
-        plgpu.copy_gmem_to_smem(refs.kv.at[layer, page, 1, head], refs.v_s.at[stage], refs.v_full.at[stage])
+        short = left - j * PAGE <= HALF
+        copy_page(refs.kv.at[layer, page, 0, head], refs.k_s.at[stage], refs.k_full.at[stage], short)
+        pl.when(done + j == 0)(lambda: plgpu.barrier_wait(refs.cleared.at[0]))
+        copy_page(refs.kv.at[layer, page, 1, head], refs.v_s.at[stage], refs.v_full.at[stage], short)
         return upcoming
 
     lax.fori_loop(0, count, fetch, first)
     return done + count, following, following_first
 
 
+def copy_page(source: Any, target: Any, full: Any, short: Any) -> None:
+    """Keys or values of a page; of a short one the first half."""
+    half = pl.ds(0, HALF)
+    pl.when(short)(lambda: plgpu.copy_gmem_to_smem(source.at[half], target.at[half], full))
+    pl.when(~short)(lambda: plgpu.copy_gmem_to_smem(source, target, full))
+
+
 def compute(run: Run) -> None:
-    """A compute warpgroup: clear a share of the padding, then attend group by group."""
+    """A compute warpgroup: clear values and a share of the padding, then attend group by group."""
     if not run.sizes.alone:
         plgpu.set_max_registers(232, action="increase")
     run = replace(run, mine=pl.ds(run.wg * WG_ROWS, WG_ROWS))
-    pl.when(run.wg == 0)(functools.partial(clear_padding, run))
+
+    @pl.when(run.wg == 0)
+    def _():
+        clear_values(run)
+        clear_padding(run)
+
     lax.fori_loop(0, run.touched, functools.partial(compute_segment, run), jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
@@ -481,6 +499,15 @@ def fold_statistics(stat: Any, g: int, where: list[Any], exists: list[Any], top:
     each = [jnp.exp2(top - new)]
     each += [jnp.where(e, jnp.exp2(t - new), 0.0) for t, e in zip(tops, exists, strict=True)]
     return new, sum((x * y for x, y in zip(sums, each[1:], strict=True)), total * each[0]), each
+
+
+def clear_values(run: Run) -> None:
+    """Zeros where values will be: those that a short page leaves out count nothing, but must not be NaN."""
+    sizes, refs = run.sizes, run.refs
+    for stage in range(sizes.stages):
+        refs.v_s[stage] = plgpu.layout_cast(jnp.zeros((PAGE, sizes.width), sizes.dtype), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.cleared.at[0])
 
 
 def clear_padding(run: Run) -> None:

@@ -21,30 +21,65 @@ from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.matmul.hopper import swizzled
 
-FEATURES = 96  # inner features of a CTA
-STEP = 64  # features of a stage: 128 bytes, the widest swizzle
-STAGES = 4  # of the ring
+WG_ROWS = 64  # of a wgmma
 TILE_TOKENS = 256
-GROUPS = 2  # warpgroups that multiply
+GROUPS = {64: 1, 128: 2, 192: 3, 256: 2}  # warpgroups that multiply, by tokens of a CTA
+REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies, by these warpgroups
 CHUNK = 32  # inner features that are activated and stored together
+
+
+class Tiling(NamedTuple):
+    """Inner features of a CTA, features of a stage, stages of the ring."""
+
+    inner: int
+    step: int
+    stages: int
+
+
+TILINGS = {  # by tokens of a CTA
+    64: Tiling(96, 128, 3),
+    128: Tiling(96, 128, 2),
+    192: Tiling(96, 64, 4),
+    256: Tiling(96, 64, 4),
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known when a call is traced: tokens of a CTA, features of each, dtype of the arrays."""
+    """What is known when a call is traced: tokens of a CTA, features of each, the tiling, dtype of the arrays."""
 
     tokens: int
     width: int
+    tiling: Tiling
     dtype: DTypeLike
+
+    @classmethod
+    def fit(cls, tokens: int, width: int, inner: int, tiling: Tiling | None, dtype: DTypeLike) -> "Sizes":
+        """The sizes for 16-bit arrays.
+
+        Raises:
+            NotImplementedError: the kernel cannot serve these shapes; the message names the values.
+        """
+        padded = min(-(-tokens // WG_ROWS) * WG_ROWS, TILE_TOKENS)
+        tiling = tiling or TILINGS[padded]
+        if (tokens > TILE_TOKENS and tokens % TILE_TOKENS) or width % tiling.step or inner % tiling.inner:
+            raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} features by {tiling}")
+        if width < tiling.stages * tiling.step:
+            raise NotImplementedError(f"{width=} is less than {tiling.stages} stages of {tiling.step}")
+        return cls(padded, width, tiling, dtype)
 
     @property
     def steps(self) -> int:
-        return self.width // STEP
+        return self.width // self.tiling.step
+
+    @property
+    def groups(self) -> int:
+        return GROUPS[self.tokens]
 
     @property
     def rows(self) -> int:
         """Tokens of a warpgroup."""
-        return self.tokens // GROUPS
+        return self.tokens // self.groups
 
 
 class Refs(NamedTuple):
@@ -72,24 +107,20 @@ class Place:
     inner: Any
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
 def call(
-    x: Float[Array, "T D"], gate_up: Float[Array, "F 2 D"], interpret: plgpu.InterpretGPUParams | None = None
+    x: Float[Array, "T D"],
+    gate_up: Float[Array, "F 2 D"],
+    tiling: Tiling | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "T F"]:
     """`silu(gate(x)) * up(x)` of bfloat16 arrays, of which only the result is rounded.
 
     Raises:
-        NotImplementedError: `T` is not 128 nor a multiple of 256, `D` none of 64 or below 256, or `F` none of 96.
+        NotImplementedError: `T` is more than 256 and no multiple, or `D` or `F` are none of the tiling's.
     """
     (tokens, width), inner = x.shape, len(gate_up)
-    if (
-        (tokens != TILE_TOKENS // 2 and tokens % TILE_TOKENS)
-        or width % STEP
-        or width < STAGES * STEP
-        or inner % FEATURES
-    ):
-        raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} features")
-    sizes = Sizes(min(tokens, TILE_TOKENS), width, x.dtype)
+    sizes = Sizes.fit(tokens, width, inner, tiling, x.dtype)
 
     def gate_up_tiled(*refs: Any) -> None:  # names the kernel in profiles
         kernel(sizes, *refs)
@@ -97,9 +128,9 @@ def call(
     return plgpu.kernel(
         gate_up_tiled,
         out_type=jax.ShapeDtypeStruct((tokens, inner), x.dtype),
-        grid=(inner // FEATURES, tokens // sizes.tokens),
+        grid=(inner // sizes.tiling.inner, pl.cdiv(tokens, sizes.tokens)),
         grid_names=("tile", "part"),
-        num_threads=GROUPS + 1,
+        num_threads=sizes.groups + 1,
         thread_name="wg",
         scratch_types=scratch(sizes),
         interpret=interpret,
@@ -109,80 +140,84 @@ def call(
 
 def scratch(sizes: Sizes) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs`."""
-    dtype = sizes.dtype
-    tokens = plgpu.SMEM((STAGES, sizes.tokens, STEP), dtype, transforms=swizzled(dtype))
-    out = plgpu.SMEM((GROUPS, sizes.rows, FEATURES), dtype, transforms=swizzled(dtype, CHUNK))
+    dtype, (inner, step, stages), groups = sizes.dtype, sizes.tiling, sizes.groups
+    tokens = plgpu.SMEM((stages, sizes.tokens, step), dtype, transforms=swizzled(dtype))
+    out = plgpu.SMEM((groups, sizes.rows, inner), dtype, transforms=swizzled(dtype, CHUNK))
     return [
         plgpu.RefUnion(tokens, out),
-        plgpu.SMEM((STAGES, 2 * FEATURES, STEP), dtype, transforms=swizzled(dtype)),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=3),  # copies: tokens, gates and ups
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=GROUPS),
-        plgpu.Barrier(num_arrivals=GROUPS),
+        plgpu.SMEM((stages, 2 * inner, step), dtype, transforms=swizzled(dtype)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=3),  # copies: tokens, gates and ups
+        plgpu.Barrier(num_barriers=stages, num_arrivals=groups),
+        plgpu.Barrier(num_arrivals=groups),
     ]
 
 
 def kernel(sizes: Sizes, x: Any, gate_up: Any, out: Any, union: Any, *others: Any) -> None:
-    """The body: two warpgroups that multiply and one for TMA."""
+    """The body: warpgroups that multiply and one for TMA."""
     refs, wg = Refs(x, gate_up, out, *union, *others), lax.axis_index("wg")
-    place = Place(lax.axis_index("part") * sizes.tokens, lax.axis_index("tile") * FEATURES)
-    pl.when(wg < GROUPS)(lambda: compute(sizes, refs, place, wg))
-    pl.when(wg == GROUPS)(lambda: load(sizes, refs, place))
+    place = Place(lax.axis_index("part") * sizes.tokens, lax.axis_index("tile") * sizes.tiling.inner)
+    pl.when(wg < sizes.groups)(lambda: compute(sizes, refs, place, wg))
+    pl.when(wg == sizes.groups)(lambda: load(sizes, refs, place))
 
 
 def load(sizes: Sizes, refs: Refs, place: Place) -> None:
     """The TMA warpgroup."""
-    plgpu.set_max_registers(24, action="decrease")
-    rows, inner = pl.ds(place.tokens, sizes.tokens), pl.ds(place.inner, FEATURES)
+    if sizes.groups in REGISTERS:
+        plgpu.set_max_registers(24, action="decrease")
+    inner, step, stages = sizes.tiling
+    rows, mine = pl.ds(place.tokens, sizes.tokens), pl.ds(place.inner, inner)
 
     def copy(k: Any) -> None:
-        stage, features = lax.rem(k, STAGES), pl.ds(k * STEP, STEP)
+        stage, features = lax.rem(k, stages), pl.ds(k * step, step)
         full = refs.full.at[stage]
         for which in range(2):
-            target = refs.weights_s.at[stage, pl.ds(which * FEATURES, FEATURES)]
-            plgpu.copy_gmem_to_smem(refs.gate_up.at[inner, which, features], target, full)
+            target = refs.weights_s.at[stage, pl.ds(which * inner, inner)]
+            plgpu.copy_gmem_to_smem(refs.gate_up.at[mine, which, features], target, full)
         plgpu.copy_gmem_to_smem(refs.x.at[rows, features], refs.tokens_s.at[stage], full)
 
     def wait(k: Any) -> None:
-        plgpu.barrier_wait(refs.free.at[lax.rem(k, STAGES)])
+        plgpu.barrier_wait(refs.free.at[lax.rem(k, stages)])
 
     def refill(k: Any) -> None:
         wait(k)
         copy(k)
 
-    pl.loop(0, STAGES)(copy)
-    pl.loop(STAGES, sizes.steps)(refill)
-    pl.loop(sizes.steps - STAGES, sizes.steps)(wait)  # every barrier ends in a completed phase
+    pl.loop(0, stages)(copy)
+    pl.loop(stages, sizes.steps)(refill)
+    pl.loop(sizes.steps - stages, sizes.steps)(wait)  # every barrier ends in a completed phase
 
 
 def compute(sizes: Sizes, refs: Refs, place: Place, wg: Any) -> None:
-    """A warpgroup's half of the tokens."""
-    plgpu.set_max_registers(240, action="increase")
+    """A warpgroup's share of the tokens."""
+    if sizes.groups in REGISTERS:
+        plgpu.set_max_registers(REGISTERS[sizes.groups], action="increase")
+    inner, _, stages = sizes.tiling
     mine = pl.ds(wg * sizes.rows, sizes.rows)
 
     def product(acc: Any) -> Any:
         def multiply(k: Any) -> None:
-            stage = lax.rem(k, STAGES)
+            stage = lax.rem(k, stages)
             plgpu.barrier_wait(refs.full.at[stage])
             plgpu.wgmma(acc, refs.tokens_s.at[stage, mine], refs.weights_s.at[stage].T)
             plgpu.wgmma_wait(1)  # the one before is done with its stage
 
         def step(k: Any) -> None:
             multiply(k)
-            plgpu.barrier_arrive(refs.free.at[lax.rem(k - 1, STAGES)])
+            plgpu.barrier_arrive(refs.free.at[lax.rem(k - 1, stages)])
 
         multiply(jnp.int32(0))
         pl.loop(1, sizes.steps)(step)
         result = acc[...]
-        plgpu.barrier_arrive(refs.free.at[(sizes.steps - 1) % STAGES])
+        plgpu.barrier_arrive(refs.free.at[(sizes.steps - 1) % stages])
         return result
 
-    acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((sizes.rows, 2 * FEATURES), jnp.float32))
+    acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((sizes.rows, 2 * inner), jnp.float32))
     plgpu.barrier_arrive(refs.done)
     plgpu.barrier_wait(refs.done)
-    for start in range(0, FEATURES, CHUNK):
-        gate, up = (acc[:, first : first + CHUNK] for first in (start, FEATURES + start))
+    for start in range(0, inner, CHUNK):
+        gate, up = (acc[:, first : first + CHUNK] for first in (start, inner + start))
         refs.out_s[wg, :, pl.ds(start, CHUNK)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
     plgpu.commit_smem()
     rows = pl.ds(place.tokens + wg * sizes.rows, sizes.rows)
-    plgpu.copy_smem_to_gmem(refs.out_s.at[wg], refs.out.at[rows, pl.ds(place.inner, FEATURES)])
+    plgpu.copy_smem_to_gmem(refs.out_s.at[wg], refs.out.at[rows, pl.ds(place.inner, inner)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

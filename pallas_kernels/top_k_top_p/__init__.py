@@ -1,6 +1,7 @@
 """Where the set of tokens begins that min-p, top-k and top-p sampling may choose from."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, only_on
@@ -21,13 +22,14 @@ def top_k_top_p_floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"] | None = None,
     *,
     axis: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "S"]:
     """The floor of each row's sampling set, which is every token with a logit at or above it.
 
-    Three filters, in this order, each on what the one before kept (`logits` are already divided by the temperature):
+    Three filters, in this order, each on what the one before kept, of the logits times `scale`, as is the floor:
 
     1. min-p keeps tokens with `p >= min_p * max p` (Nguyen et al., "Min-p Sampling", 2024); 0 is off.
     2. top-k keeps tokens whose logit is at least the k-th largest, ties at the boundary included; `k <= 0` or
@@ -42,6 +44,7 @@ def top_k_top_p_floor(
 
     Args:
         logits: float32; top_k: int32; top_p, min_p: float32; one value per row.
+        scale: positive, one over the temperature of each row; None: 1.
         axis: of the mesh, inside a `shard_map`, over which each device holds `V` of the row's logits.
         implementation: a name in `OP.table` for that one or failure, None for the first that can serve.
 
@@ -52,4 +55,5 @@ def top_k_top_p_floor(
     if logits.dtype != "float32":
         raise ValueError(f"logits must be float32, not {logits.dtype}; cast them first")
     with jax.named_scope("top_k_top_p_floor"):
-        return OP(implementation, logits, top_k, top_p, min_p, axis=axis)
+        scale = jnp.ones_like(top_p) if scale is None else scale
+        return OP(implementation, logits, top_k, top_p, min_p, scale, axis=axis)

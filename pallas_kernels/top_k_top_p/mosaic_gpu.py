@@ -54,6 +54,7 @@ def top_k_top_p_floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"],
     *,
     axis: str | None = None,
 ) -> Float[Array, "S"]:
@@ -67,7 +68,7 @@ def top_k_top_p_floor(
         raise NotImplementedError(f"rows shared by the devices of the mesh axis {axis!r}")
     if logits.shape[1] < LANES:
         raise NotImplementedError(f"{logits.shape[1]} logits a row are fewer than {LANES}")
-    return floor(logits, top_k, top_p, min_p)
+    return floor(logits, top_k, top_p, min_p, scale)
 
 
 def floor(
@@ -75,37 +76,40 @@ def floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"],
     sizes: Sizes = Sizes(),
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "S"]:
-    """The kernels on whatever device they are lowered for."""
+    """The kernels on whatever device they are lowered for. They scale what they read: an array more would cost more."""
     top_k = jnp.where((top_k > 0) & (top_k < logits.shape[1]), top_k, 0)
     active = ((top_k > 0) | (top_p < 1) | (min_p > 0)).astype(jnp.int32)
-    best, sums = gather(logits, active, sizes, interpret)
-    return search(logits, active, top_k, top_p, jnp.log(min_p), best, sums, sizes, interpret)
+    best, sums = gather(logits, scale, active, sizes, interpret)
+    return search(logits, scale, active, top_k, top_p, jnp.log(min_p), best, sums, sizes, interpret)
 
 
 def gather(
     logits: Float[Array, "S V"],
+    scale: Float[Array, "S"],
     active: Int[Array, "S"],
     sizes: Sizes,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[Float[Array, "S KW"], Float[Array, "S W"]]:
-    """The `K` largest logits of each of `W` lanes, rank by rank, and the sums of `exp(logit - largest)`.
+    """The `K` largest scaled logits of each of `W` lanes, rank by rank, and the sums of `exp(logit - largest)`.
 
     Lanes with fewer logits are filled up with -inf. Rows that are not `active` stay undefined.
     """
     rows, size = logits.shape
     groups = pl.cdiv(size, LANES * sizes.parts * sizes.unroll)
 
-    def body(active_ref: Ref, logits_ref: Ref, best_ref: Ref, sums_ref: Ref) -> None:
+    def body(active_ref: Ref, scale_ref: Ref, logits_ref: Ref, best_ref: Ref, sums_ref: Ref) -> None:
         row, part = lax.axis_index("row"), lax.axis_index("part")
+        factor = scale_ref[row]
 
         def group(i: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
             best, total = carry
             old = jnp.maximum(best[0], LOWEST)
             vectors = [
-                _load(logits_ref.at[row], (i * sizes.unroll + u) * sizes.parts + part, size)
+                _load(logits_ref.at[row], factor, (i * sizes.unroll + u) * sizes.parts + part, size)
                 for u in range(sizes.unroll)
             ]
             for vector in vectors:
@@ -131,17 +135,20 @@ def gather(
         grid=(rows, sizes.parts), grid_names=("row", "part"), num_threads=1, thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(active, logits)  # fmt: skip
+    )(active, scale, logits)  # fmt: skip
 
 
 def _full(value: float) -> Float[Array, "128"]:
     return plgpu.layout_cast(jnp.full((LANES,), value, jnp.float32), VECTOR)
 
 
-def _load(row_ref: Ref, index: Array, size: int) -> Float[Array, "128"]:
-    """Vector `index` of a row of `size` logits; -inf past the end. The last vectors are read from further left."""
+def _load(row_ref: Ref, factor: Array, index: Array, size: int) -> Float[Array, "128"]:
+    """Vector `index` of a row of `size` logits, times a factor; -inf past the end.
+
+    The last vectors are read from further left.
+    """
     start = jnp.minimum(index * LANES, size - LANES)
-    values = _read(row_ref.at[pl.ds(start, LANES)])
+    values = _read(row_ref.at[pl.ds(start, LANES)]) * factor
     lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=VECTOR)
     return jnp.where(lane >= index * LANES - start, values, -jnp.inf)
 
@@ -161,6 +168,7 @@ def _insert(best: list[Array], values: Array) -> list[Array]:
 
 def search(
     logits: Float[Array, "S V"],
+    scale: Float[Array, "S"],
     active: Int[Array, "S"],
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
@@ -176,7 +184,9 @@ def search(
     share = width // LANES // groups  # vectors of a rank per warpgroup
     most = max(sizes.keep, 2**ROW_BITS - 1)  # vectors that are reduced at once
 
-    def body(logits_ref, active_ref, k_ref, p_ref, min_ref, best_ref, sums_ref, out_ref, scratch, barrier) -> None:
+    def body(
+        logits_ref, scale_ref, active_ref, k_ref, p_ref, min_ref, best_ref, sums_ref, out_ref, scratch, barrier
+    ) -> None:
         row, group, nothing = lax.axis_index("row"), lax.axis_index("warpgroup"), jnp.float32(-jnp.inf)
 
         def across(partials: Sequence[Array], reduce: Callable) -> list[Array]:
@@ -222,7 +232,8 @@ def search(
             def over_row(counting: Array, thresholds: list[Array]) -> list[Array]:
                 def some(i: Array, totals: list[Array]) -> list[Array]:
                     indices = [(i * unroll + u) * groups + group for u in range(unroll)]
-                    return add(counting, thresholds, totals, [_load(logits_ref.at[row], j, size) for j in indices])
+                    vectors = [_load(logits_ref.at[row], scale_ref[row], j, size) for j in indices]
+                    return add(counting, thresholds, totals, vectors)
 
                 steps = pl.cdiv(size, LANES * groups * unroll)
                 return across(lax.fori_loop(0, steps, some, [_full(0.0) for _ in thresholds]), jnp.sum)
@@ -261,7 +272,7 @@ def search(
         grid=(rows,), grid_names=("row",), num_threads=groups, thread_name="warpgroup", interpret=interpret,
         scratch_types=[plgpu.SMEM((most, groups * LANES), jnp.float32), plgpu.Barrier(num_arrivals=groups)],
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(logits, active, top_k, top_p, log_min_p, best, sums)  # fmt: skip
+    )(logits, scale, active, top_k, top_p, log_min_p, best, sums)  # fmt: skip
 
 
 def _largest(

@@ -49,6 +49,7 @@ def top_k_top_p_floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"],
     *,
     axis: str | None = None,
 ) -> Float[Array, "S"]:
@@ -60,7 +61,7 @@ def top_k_top_p_floor(
     capacity = require_tpu().vmem_capacity_bytes
     if axis is not None:
         raise NotImplementedError(f"rows shared by the devices of the mesh axis {axis!r}")
-    return floor(logits, top_k, top_p, min_p, vmem_bytes=capacity)
+    return floor(logits, top_k, top_p, min_p, scale, vmem_bytes=capacity)
 
 
 def vmem_use(size: int, buffers: int, sizes: Sizes = Sizes()) -> int:
@@ -75,6 +76,7 @@ def floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"],
     *,
     vmem_bytes: int,
     sizes: Sizes = Sizes(),
@@ -92,7 +94,7 @@ def floor(
         return jnp.pad(values, (0, blocks * ROWS - rows), constant_values=neutral).reshape(blocks, ROWS)
 
     top_k = blocked(jnp.where(top_k < size, jnp.maximum(top_k, 0), 0), 0)
-    top_p, min_p = blocked(top_p, 1), blocked(min_p, 0)
+    top_p, min_p, scale = blocked(top_p, 1), blocked(min_p, 0), blocked(scale, 1)
     needs = jnp.where((top_k > 0) | (top_p < 1), SEARCH, jnp.where(min_p > 0, BEST, NOTHING)).astype(jnp.int32)
     need = jnp.max(needs, axis=1)
     # A block that is not needed stands for the one before, which need not be read again.
@@ -109,7 +111,7 @@ def floor(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(blocks,),
-            in_specs=[block, column, column, column],
+            in_specs=[block, column, column, column, column],
             out_specs=column,
             scratch_shapes=[pltpu.VMEM((sizes.keep, ROWS, sizes.groups * LANES), jnp.float32)],
         ),
@@ -117,13 +119,14 @@ def floor(
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_use(size, buffers, sizes)
         ),
         interpret=interpret or False,
-    )(need, source, logits, top_k.reshape(-1, 1), top_p.reshape(-1, 1), jnp.log(min_p).reshape(-1, 1))[:rows, 0]
+    )(need, source, logits, *(one.reshape(-1, 1) for one in (scale, top_k, top_p, jnp.log(min_p))))[:rows, 0]
 
 
 def _kernel(
     need_ref: Ref,
     source_ref: Ref,
     logits_ref: Ref,
+    scale_ref: Ref,
     k_ref: Ref,
     p_ref: Ref,
     log_min_p_ref: Ref,
@@ -135,7 +138,7 @@ def _kernel(
 ) -> None:
     """The floors of 8 rows; -inf for rows without a filter, and anything for rows past the last."""
     need = need_ref[pl.program_id(0)]
-    row, lists = _Row(logits_ref, size, sizes.unroll), _Lists(lists_ref, sizes)
+    row, lists = _Row(logits_ref, scale_ref[...], size, sizes.unroll), _Lists(lists_ref, sizes)
 
     @pl.when(need == NOTHING)
     def _() -> None:
@@ -163,9 +166,10 @@ def _kernel(
 
 @dataclass(frozen=True)
 class _Row:
-    """8 rows of `size` logits in VMEM; what follows up to a whole number of vectors is undefined."""
+    """8 rows of `size` logits in VMEM, to be scaled; what follows up to a whole number of vectors is undefined."""
 
     ref: Ref
+    scale: Float[Array, "8 1"]
     size: int
     unroll: int
 
@@ -180,7 +184,8 @@ class _Row:
         def turn(i: Array, carry: T) -> T:
             begin = pl.multiple_of((i * times * stride + first) * LANES, LANES)
             some = self.ref.at[:, pl.ds(begin, span)]  # one address for all of them
-            return step(carry, [_vector(some, n * stride + q) for n in range(times) for q in range(width)])
+            places = [n * stride + q for n in range(times) for q in range(width)]
+            return step(carry, [_vector(some, place) * self.scale for place in places])
 
         carry = lax.fori_loop(0, turns, turn, start) if turns else start  # the span may be longer than the row
         for begin in range(turns * times * stride + first, every, stride):
@@ -189,7 +194,7 @@ class _Row:
 
     def _masked(self, index: int) -> Float[Array, "8 128"]:
         """A vector with -inf past the end of the row."""
-        values, left = _vector(self.ref, index), self.size - index * LANES
+        values, left = _vector(self.ref, index) * self.scale, self.size - index * LANES
         return values if left >= LANES else jnp.where(_lanes() < left, values, -jnp.inf)
 
     def best(self) -> Float[Array, "8 1"]:

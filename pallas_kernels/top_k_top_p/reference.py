@@ -23,10 +23,12 @@ def top_k_top_p_floor(
     top_k: Int[Array, "S"],
     top_p: Float[Array, "S"],
     min_p: Float[Array, "S"],
+    scale: Float[Array, "S"],
     *,
     axis: str | None = None,
 ) -> Float[Array, "S"]:
     """See `pallas_kernels.top_k_top_p.top_k_top_p_floor`. Filters that no row uses are skipped."""
+    logits = logits * scale[:, None]
     if axis is not None:
         return split_rows.top_k_top_p_floor(logits, top_k, top_p, min_p, axis)
     use_k = (top_k > 0) & (top_k < logits.shape[1])

@@ -44,13 +44,12 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return pytest.importorskip("profile_step")
 
 
-def test_runs_without_a_gpu(tmp_path: Path):
+@pytest.mark.parametrize("form", [[], ["--prefill"]], ids=["decode", "prefill"])
+def test_runs_without_a_gpu(tmp_path: Path, form: list[str]):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     command = [sys.executable, str(SCRIPTS / "profile_step.py"), "--model", str(tmp_path), "--context", "70"]
     root = {"PYTHONPATH": str(SCRIPTS.parent), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, "--repeats", "2", "--prefill"], capture_output=True, text=True, env=root, check=True
-    )
+    done = subprocess.run([*command, "--repeats", "2", *form], capture_output=True, text=True, env=root, check=True)
     assert "2 layers" in done.stdout
     assert "needs an NVIDIA GPU" in done.stdout
 

@@ -70,16 +70,17 @@ def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     assert "mosaic_gpu" in mosaic_gpu.call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("tokens", [128, 256, 512])
+@pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 512])
 def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int):
     x, gate_up, _ = shapes(tokens, 4096, 12288, 4096)
     assert "mosaic_gpu" in hopper_tiled.call.trace(x, gate_up).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_kernel_for_more_tokens_in_the_interpreter():
-    """Two tiles of features, and more stages' worth of width than the ring has."""
-    x, gate_up, _ = make(128, 320, 192, 8)
-    got = hopper_tiled.call(x, gate_up, interpret=plgpu.InterpretGPUParams(detect_races=True))
+@pytest.mark.parametrize(("tokens", "tiling"), [(64, (96, 128, 2)), (128, (96, 64, 4)), (192, (32, 64, 3))], ids=str)
+def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[int, int, int]):
+    """Several tiles of features, and more stages' worth of width than the ring has."""
+    x, gate_up, _ = make(tokens, 384, 192, 8)
+    got = hopper_tiled.call(x, gate_up, hopper_tiled.Tiling(*tiling), plgpu.InterpretGPUParams(detect_races=True))
     assert error(got, gated(x, gate_up)) < 1e-2
 
 
@@ -130,7 +131,10 @@ def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "width", "inner"), [(256, 4096, 12288), (256, 4096, 6144), (512, 2560, 9696)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "inner"),
+    [*((tokens, 4096, 12288) for tokens in (48, 64, 128, 192, 256)), (256, 4096, 6144), (512, 2560, 9696)],
+)
 def test_kernel_for_more_tokens_on_the_gpu(tokens: int, width: int, inner: int):
     x, gate_up, _ = make(tokens, width, inner, 8)
     poison = [jnp.full((tokens, inner), jnp.nan, "bfloat16").block_until_ready() for _ in range(4)]

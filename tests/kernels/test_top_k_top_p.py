@@ -36,14 +36,20 @@ def as_arrays(logits, top_k, top_p, min_p) -> list[jax.Array]:
     return [jnp.asarray(x, t) for x, t in zip((logits, top_k, top_p, min_p), types, strict=True)]
 
 
-def run(logits, top_k, top_p, min_p, floor=top_k_top_p_floor) -> np.ndarray:
+def run(logits, top_k, top_p, min_p, floor=top_k_top_p_floor, scale=None) -> np.ndarray:
+    """Scaled logits, those under the floor masked."""
     args = as_arrays(logits, top_k, top_p, min_p)
-    return np.where(args[0] >= np.asarray(jax.jit(floor)(*args))[:, None], args[0], -np.inf)
+    scale = jnp.ones(len(args[0])) if scale is None else jnp.asarray(scale)
+    scaled = args[0] * scale[:, None]
+    return np.where(scaled >= np.asarray(jax.jit(floor)(*args, scale))[:, None], scaled, -np.inf)
 
 
 def check(logits, top_k, top_p, min_p, floor=top_k_top_p_floor) -> None:
+    """With temperatures for which products are rounded."""
     logits = np.asarray(logits, np.float32)
-    out = run(logits, top_k, top_p, min_p, floor)
+    scale = np.resize(np.float32([1.0, 1 / 0.7, 0.31]), len(logits))
+    out = run(logits, top_k, top_p, min_p, floor, scale)
+    logits = logits * scale[:, None]
     for row in range(len(logits)):
         kept = brute_force(logits[row], top_k[row], np.float32(top_p[row]), np.float32(min_p[row]))
         np.testing.assert_array_equal(out[row], np.where(kept, logits[row], -np.inf), err_msg=f"{row=}")
@@ -77,7 +83,7 @@ def test_kernels_in_the_interpreter():
 def test_kernels_lower_for_cuda(size: int):
     floats = jax.ShapeDtypeStruct((16,), jnp.float32)
     logits, ints = jax.ShapeDtypeStruct((16, size), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.int32)
-    lowered = jax.jit(mosaic_gpu.floor).trace(logits, ints, floats, floats).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(mosaic_gpu.floor).trace(logits, ints, floats, floats, floats).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu_v2") == 2
 
 
@@ -124,7 +130,7 @@ def test_tpu_kernel_leaves_out_blocks_without_filters():
     logits[:8] = logits[24:] = np.nan
     top_k, min_p = np.zeros(32, int), np.zeros(32)
     top_k[11], min_p[17] = 3, 0.5
-    floors = np.asarray(jax.jit(ON_TPU)(*as_arrays(logits, top_k, np.ones(32), min_p)))
+    floors = np.asarray(jax.jit(ON_TPU)(*as_arrays(logits, top_k, np.ones(32), min_p), jnp.ones(32)))
     assert np.isneginf(floors[[0, 10, 12, 16, 24, 31]]).all()
     assert (logits[11] >= floors[11]).sum() == 3
     assert floors[17] == pytest.approx(logits[17].max() + np.log(0.5))
@@ -133,7 +139,7 @@ def test_tpu_kernel_leaves_out_blocks_without_filters():
 def test_tpu_kernel_needs_room_for_eight_rows():
     args = as_arrays(np.zeros((1, 300_000)), [0], [1.0], [0.0])
     with pytest.raises(NotImplementedError, match=r"300000 logits need \d+ bytes of VMEM of 8388608"):
-        mosaic_tpu.floor(*args, vmem_bytes=1 << 23)
+        mosaic_tpu.floor(*args, jnp.ones(1), vmem_bytes=1 << 23)
 
 
 @pytest.mark.gpu
@@ -153,7 +159,10 @@ def test_kernels_on_the_device(size: int, kind: str):
     logits[:, rng.integers(size, size=3)] = -np.inf
     top_k = rng.choice([-1, 0, 1, 20, 50, 1000, size // 2, size, 2 * size], 32)
     top_p, min_p = rng.choice([1.0, 0.99, 0.9, 0.5, 0.0], 32), rng.choice([0.0, 0.0, 0.1], 32)
-    kept = run(logits, top_k, top_p, min_p, functools.partial(top_k_top_p_floor, implementation="mosaic_gpu")) > -np.inf
+    scale = rng.uniform(0.3, 3, 32).astype(np.float32)
+    floor = functools.partial(top_k_top_p_floor, implementation="mosaic_gpu")
+    kept = run(logits, top_k, top_p, min_p, floor, scale) > -np.inf
+    logits *= scale[:, None]
     for row in range(32):
         most, least = (
             brute_force(logits[row], top_k[row], share, np.float32(min_p[row]))

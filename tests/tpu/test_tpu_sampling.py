@@ -14,7 +14,7 @@ QWEN, GEMMA = 151_936, 262_144  # vocabularies
 
 
 def shapes(rows: int, size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    columns = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in ("int32", "float32", "float32")]
+    columns = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in ("int32", "float32", "float32", "float32")]
     return jax.ShapeDtypeStruct((rows, size), "float32"), *columns
 
 
