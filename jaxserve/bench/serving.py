@@ -223,11 +223,12 @@ async def run(
 
 async def send(http: httpx.AsyncClient, target: Target, request: Request, due: float) -> Answer:
     """Send a request that was `due` and read its answer; whatever goes wrong is the answer's error."""
+    built = http.build_request("POST", ENDPOINTS[target.endpoint], content=request.body)  # takes half a millisecond
     start = time.perf_counter()
     answer = Answer(request.prompt_len, late=start - due)
     try:
         async with asyncio.timeout(target.timeout):
-            await stream(http, ENDPOINTS[target.endpoint], request, answer, start)
+            await stream(http, built, answer, start)
     except TimeoutError:
         answer.error = f"timed out: no complete answer within {target.timeout:g} s"
     except ServerError as error:
@@ -237,14 +238,14 @@ async def send(http: httpx.AsyncClient, target: Target, request: Request, due: f
     return answer
 
 
-async def stream(http: httpx.AsyncClient, path: str, request: Request, answer: Answer, start: float) -> None:
+async def stream(http: httpx.AsyncClient, request: httpx.Request, answer: Answer, start: float) -> None:
     """Read a streamed answer as it comes.
 
     Raises:
         ServerError: another status than 200, an error event, or an end before the server said that it had finished.
     """
     parser = EventParser()
-    async with http.stream("POST", path, content=request.body) as response:
+    async with contextlib.aclosing(await http.send(request, stream=True)) as response:
         if response.status_code != 200:
             raise ServerError(refusal(response.status_code, await response.aread()))
         async for piece in response.aiter_bytes():

@@ -22,25 +22,26 @@ from jaxtyping import Array, DTypeLike, Float
 from pallas_kernels.matmul.hopper import swizzled
 
 WG_ROWS = 64  # of a wgmma
-TILE_TOKENS = 256
+STEP = 64  # features of a stage of tokens: 128 bytes, the widest swizzle
 GROUPS = {64: 1, 128: 2, 192: 3, 256: 2}  # warpgroups that multiply, by tokens of a CTA
 REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies, by these warpgroups
 CHUNK = 32  # inner features that are activated and stored together
 
 
 class Tiling(NamedTuple):
-    """Inner features of a CTA, features of a stage, stages of the ring."""
+    """Inner features of a CTA; features and stages of its ring of weights; stages of its ring of tokens."""
 
     inner: int
     step: int
     stages: int
+    token_stages: int
 
 
 TILINGS = {  # by tokens of a CTA
-    64: Tiling(96, 128, 3),
-    128: Tiling(96, 128, 2),
-    192: Tiling(96, 64, 4),
-    256: Tiling(96, 64, 4),
+    64: Tiling(96, 128, 3, 6),
+    128: Tiling(96, 128, 3, 4),
+    192: Tiling(96, 64, 4, 4),
+    256: Tiling(96, 64, 4, 4),
 }
 
 
@@ -60,17 +61,28 @@ class Sizes:
         Raises:
             NotImplementedError: the kernel cannot serve these shapes; the message names the values.
         """
-        padded = min(-(-tokens // WG_ROWS) * WG_ROWS, TILE_TOKENS)
-        tiling = tiling or TILINGS[padded]
-        if (tokens > TILE_TOKENS and tokens % TILE_TOKENS) or width % tiling.step or inner % tiling.inner:
+        padded = -(-tokens // WG_ROWS) * WG_ROWS
+        tile = next((size for size in sorted(GROUPS, reverse=True) if tokens % size == 0), padded)
+        if tile not in GROUPS:
+            raise NotImplementedError(f"{tokens} tokens are more than {max(GROUPS)} and not a multiple of {WG_ROWS}")
+        tiling = tiling or TILINGS[tile]
+        if width % tiling.step or inner % tiling.inner:
             raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} features by {tiling}")
-        if width < tiling.stages * tiling.step:
-            raise NotImplementedError(f"{width=} is less than {tiling.stages} stages of {tiling.step}")
-        return cls(padded, width, tiling, dtype)
+        if min(tiling.stages, tiling.token_stages) < 2:  # a stage is free when the one after it is multiplied
+            raise NotImplementedError(f"fewer than two stages: {tiling}")
+        if width < max(tiling.stages * tiling.step, tiling.token_stages * STEP):
+            raise NotImplementedError(f"{width=} is less than the stages of {tiling}")
+        return cls(tile, width, tiling, dtype)
 
     @property
     def steps(self) -> int:
+        """Stages' worth of weights."""
         return self.width // self.tiling.step
+
+    @property
+    def parts(self) -> int:
+        """Stages of tokens for one of weights."""
+        return self.tiling.step // STEP
 
     @property
     def groups(self) -> int:
@@ -83,9 +95,9 @@ class Sizes:
 
 
 class Refs(NamedTuple):
-    """The kernel's references: inputs, output, SMEM (`_s`) and the barriers of each stage.
+    """The kernel's references: inputs, output, SMEM (`_s`) and the barriers of each stage of both rings.
 
-    The output's buffer is where the ring's tokens were, and `done` tells when they are not read any more.
+    The output's buffer is where the tokens were, and `done` tells when they are not read any more.
     """
 
     x: Any
@@ -94,6 +106,8 @@ class Refs(NamedTuple):
     tokens_s: Any
     out_s: Any
     weights_s: Any
+    tokens_full: Any
+    tokens_free: Any
     full: Any
     free: Any
     done: Any
@@ -117,7 +131,7 @@ def call(
     """`silu(gate(x)) * up(x)` of bfloat16 arrays, of which only the result is rounded.
 
     Raises:
-        NotImplementedError: `T` is more than 256 and no multiple, or `D` or `F` are none of the tiling's.
+        NotImplementedError: `T` is more than 256 and not a multiple of 64, or `D` or `F` are none of the tiling's.
     """
     (tokens, width), inner = x.shape, len(gate_up)
     sizes = Sizes.fit(tokens, width, inner, tiling, x.dtype)
@@ -140,13 +154,15 @@ def call(
 
 def scratch(sizes: Sizes) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs`."""
-    dtype, (inner, step, stages), groups = sizes.dtype, sizes.tiling, sizes.groups
-    tokens = plgpu.SMEM((stages, sizes.tokens, step), dtype, transforms=swizzled(dtype))
+    dtype, (inner, step, stages, token_stages), groups = sizes.dtype, sizes.tiling, sizes.groups
+    tokens = plgpu.SMEM((token_stages, sizes.tokens, STEP), dtype, transforms=swizzled(dtype))
     out = plgpu.SMEM((groups, sizes.rows, inner), dtype, transforms=swizzled(dtype, CHUNK))
     return [
         plgpu.RefUnion(tokens, out),
         plgpu.SMEM((stages, 2 * inner, step), dtype, transforms=swizzled(dtype)),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=3),  # copies: tokens, gates and ups
+        plgpu.Barrier(num_barriers=token_stages),
+        plgpu.Barrier(num_barriers=token_stages, num_arrivals=groups),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=2),  # copies: gates and ups
         plgpu.Barrier(num_barriers=stages, num_arrivals=groups),
         plgpu.Barrier(num_arrivals=groups),
     ]
@@ -164,51 +180,64 @@ def load(sizes: Sizes, refs: Refs, place: Place) -> None:
     """The TMA warpgroup."""
     if sizes.groups in REGISTERS:
         plgpu.set_max_registers(24, action="decrease")
-    inner, step, stages = sizes.tiling
+    inner, step, stages, token_stages = sizes.tiling
     rows, mine = pl.ds(place.tokens, sizes.tokens), pl.ds(place.inner, inner)
 
-    def copy(k: Any) -> None:
-        stage, features = lax.rem(k, stages), pl.ds(k * step, step)
-        full = refs.full.at[stage]
+    def copy_weights(k: Any) -> None:
+        stage = lax.rem(k, stages)
+        pl.when(k >= stages)(lambda: plgpu.barrier_wait(refs.free.at[stage]))
         for which in range(2):
             target = refs.weights_s.at[stage, pl.ds(which * inner, inner)]
-            plgpu.copy_gmem_to_smem(refs.gate_up.at[mine, which, features], target, full)
-        plgpu.copy_gmem_to_smem(refs.x.at[rows, features], refs.tokens_s.at[stage], full)
+            wanted = refs.gate_up.at[mine, which, pl.ds(k * step, step)]
+            plgpu.copy_gmem_to_smem(wanted, target, refs.full.at[stage])
 
-    def wait(k: Any) -> None:
-        plgpu.barrier_wait(refs.free.at[lax.rem(k, stages)])
+    def copy_tokens(t: Any) -> None:
+        stage = lax.rem(t, token_stages)
+        pl.when(t >= token_stages)(lambda: plgpu.barrier_wait(refs.tokens_free.at[stage]))
+        wanted = refs.x.at[rows, pl.ds(t * STEP, STEP)]
+        plgpu.copy_gmem_to_smem(wanted, refs.tokens_s.at[stage], refs.tokens_full.at[stage])
 
-    def refill(k: Any) -> None:
-        wait(k)
-        copy(k)
+    @pl.loop(0, sizes.steps)
+    def _(k: Any) -> None:
+        copy_weights(k)
+        for part in range(sizes.parts):
+            copy_tokens(k * sizes.parts + part)
 
-    pl.loop(0, stages)(copy)
-    pl.loop(stages, sizes.steps)(refill)
-    pl.loop(sizes.steps - stages, sizes.steps)(wait)  # every barrier ends in a completed phase
+    # Every barrier ends in a completed phase.
+    last = sizes.steps * sizes.parts
+    pl.loop(sizes.steps - stages, sizes.steps)(lambda k: plgpu.barrier_wait(refs.free.at[lax.rem(k, stages)]))
+    pl.loop(last - token_stages, last)(lambda t: plgpu.barrier_wait(refs.tokens_free.at[lax.rem(t, token_stages)]))
 
 
 def compute(sizes: Sizes, refs: Refs, place: Place, wg: Any) -> None:
     """A warpgroup's share of the tokens."""
     if sizes.groups in REGISTERS:
         plgpu.set_max_registers(REGISTERS[sizes.groups], action="increase")
-    inner, _, stages = sizes.tiling
+    inner, _, stages, token_stages = sizes.tiling
     mine = pl.ds(wg * sizes.rows, sizes.rows)
 
+    def free(t: Any, k: Any = None) -> None:
+        """Give back a stage of tokens, and one of weights."""
+        plgpu.barrier_arrive(refs.tokens_free.at[lax.rem(t, token_stages)])
+        if k is not None:
+            plgpu.barrier_arrive(refs.free.at[lax.rem(k, stages)])
+
     def product(acc: Any) -> Any:
-        def multiply(k: Any) -> None:
+        @pl.loop(0, sizes.steps)
+        def _(k: Any) -> None:
             stage = lax.rem(k, stages)
             plgpu.barrier_wait(refs.full.at[stage])
-            plgpu.wgmma(acc, refs.tokens_s.at[stage, mine], refs.weights_s.at[stage].T)
-            plgpu.wgmma_wait(1)  # the one before is done with its stage
+            for part in range(sizes.parts):
+                t = k * sizes.parts + part
+                tokens = lax.rem(t, token_stages)
+                plgpu.barrier_wait(refs.tokens_full.at[tokens])
+                weights = refs.weights_s.at[stage, :, pl.ds(part * STEP, STEP)]
+                plgpu.wgmma(acc, refs.tokens_s.at[tokens, mine], weights.T)
+                plgpu.wgmma_wait(1)  # the one before is done with its stages
+                pl.when(k > 0)(functools.partial(free, t - 1, k - 1)) if part == 0 else free(t - 1)
 
-        def step(k: Any) -> None:
-            multiply(k)
-            plgpu.barrier_arrive(refs.free.at[lax.rem(k - 1, stages)])
-
-        multiply(jnp.int32(0))
-        pl.loop(1, sizes.steps)(step)
         result = acc[...]
-        plgpu.barrier_arrive(refs.free.at[(sizes.steps - 1) % stages])
+        free(jnp.int32(sizes.steps * sizes.parts - 1), jnp.int32(sizes.steps - 1))
         return result
 
     acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((sizes.rows, 2 * inner), jnp.float32))

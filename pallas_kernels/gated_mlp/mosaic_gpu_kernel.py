@@ -24,7 +24,9 @@ from pallas_kernels.tuning import tuned
 
 HALF = TILE // 2  # inner features of a tile: gates and ups are a half of its rows each
 TOKENS = 32  # whose gates and ups are brought together at a time
-COUNTERS = 32  # of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each
+# Of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each. Not as many as
+# sequences ever are: their zeros would be taken for these, and copied for each layer.
+COUNTERS = 37
 
 # [tokens, 32 features] in registers: a warp holds whole rows.
 ROWS = plgpu.Layout.TILED(plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

@@ -76,8 +76,10 @@ def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int):
     assert "mosaic_gpu" in hopper_tiled.call.trace(x, gate_up).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("tokens", "tiling"), [(64, (96, 128, 2)), (128, (96, 64, 4)), (192, (32, 64, 3))], ids=str)
-def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[int, int, int]):
+@pytest.mark.parametrize(
+    ("tokens", "tiling"), [(64, (96, 128, 2, 3)), (128, (96, 64, 4, 4)), (192, (32, 64, 3, 2))], ids=str
+)
+def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[int, int, int, int]):
     """Several tiles of features, and more stages' worth of width than the ring has."""
     x, gate_up, _ = make(tokens, 384, 192, 8)
     got = hopper_tiled.call(x, gate_up, hopper_tiled.Tiling(*tiling), plgpu.InterpretGPUParams(detect_races=True))
