@@ -200,7 +200,6 @@ async def run(
     holds what was complete by then.
     """
     gate = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
-
     http = httpx.AsyncClient(**target.options, transport=Transport())
 
     async def one(request: Request, at: float) -> None:

@@ -70,7 +70,7 @@ def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     assert "mosaic_gpu" in mosaic_gpu.call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 512])
+@pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 384, 512])
 def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int):
     x, gate_up, _ = shapes(tokens, 4096, 12288, 4096)
     assert "mosaic_gpu" in hopper_tiled.call.trace(x, gate_up).lower(lowering_platforms=("cuda",)).as_text()
@@ -87,12 +87,27 @@ def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[in
 
 
 @pytest.mark.parametrize(
+    ("tokens", "tiling", "reason"),
+    [
+        (300, None, "300 tokens"),
+        (128, (96, 96, 3, 4), "320 -> 192 features"),
+        (128, (64, 64, 1, 4), "fewer than two stages"),
+        (128, (96, 64, 6, 4), "width=320"),
+    ],
+)
+def test_kernel_for_more_tokens_names_what_it_cannot_serve(tokens: int, tiling: tuple[int, ...] | None, reason: str):
+    x, gate_up, _ = shapes(tokens, 320, 192, 8)
+    with pytest.raises(NotImplementedError, match=reason):
+        hopper_tiled.call(x, gate_up, hopper_tiled.Tiling(*tiling) if tiling else None)
+
+
+@pytest.mark.parametrize(
     ("sizes", "dtype", "reason"),
     [
         ((16, 4096, 12288, 4096), "float32", "float32"),
         ((16, 4096, 12288, 4096), "float16", "float16"),
         ((1, 4096, 12288, 4096), "bfloat16", "1 tokens"),
-        ((128, 4096, 12288, 4096), "bfloat16", "128 tokens"),
+        ((96, 4096, 12288, 4096), "bfloat16", "96 tokens"),
         ((16, 1024, 3072, 1024), "bfloat16", "1024 -> 3072 -> 1024"),
     ],
 )
@@ -135,7 +150,7 @@ def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "width", "inner"),
-    [*((tokens, 4096, 12288) for tokens in (48, 64, 128, 192, 256)), (256, 4096, 6144), (512, 2560, 9696)],
+    [*((tokens, 4096, 12288) for tokens in (48, 64, 128, 192, 256, 384)), (256, 4096, 6144), (512, 2560, 9696)],
 )
 def test_kernel_for_more_tokens_on_the_gpu(tokens: int, width: int, inner: int):
     x, gate_up, _ = make(tokens, width, inner, 8)
