@@ -15,7 +15,7 @@ from pallas_kernels.attention.hopper import ACC, NEG, PAGE, WG_ROWS, WG_THREADS,
 TILE_WORDS = 6  # first row, tokens, sequence, position of the first row, first page, pages
 RUN_WORDS = 6  # first (tile, head) group, first page of it, its place, pages in all, groups touched, pages of the last
 MERGE = 8  # partial results whose loads are in flight together
-HALF = PAGE // 2  # tokens: of a page that holds no more, only these are read
+STRIP = PAGE // 4  # tokens: of a page that is not full, as many strips are read as hold some
 
 whole_load = functools.partial(plgpu.load, optimized=False)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma tile
@@ -245,21 +245,23 @@ def load_segment(run: Run, layer: Any, i: Any, carry: tuple[Any, tuple[Any, ...]
         def _():
             plgpu.barrier_wait(refs.free.at[stage])
 
-        short = left - j * PAGE <= HALF
-        copy_page(refs.kv.at[layer, page, 0, head], refs.k_s.at[stage], refs.k_full.at[stage], short)
+        here = left - j * PAGE
+        copy_page(refs.kv.at[layer, page, 0, head], refs.k_s.at[stage], refs.k_full.at[stage], here)
         pl.when(done + j == 0)(lambda: plgpu.barrier_wait(refs.cleared.at[0]))
-        copy_page(refs.kv.at[layer, page, 1, head], refs.v_s.at[stage], refs.v_full.at[stage], short)
+        copy_page(refs.kv.at[layer, page, 1, head], refs.v_s.at[stage], refs.v_full.at[stage], here)
         return upcoming
 
     lax.fori_loop(0, count, fetch, first)
     return done + count, following, following_first
 
 
-def copy_page(source: Any, target: Any, full: Any, short: Any) -> None:
-    """Keys or values of a page; of a short one the first half."""
-    half = pl.ds(0, HALF)
-    pl.when(short)(lambda: plgpu.copy_gmem_to_smem(source.at[half], target.at[half], full))
-    pl.when(~short)(lambda: plgpu.copy_gmem_to_smem(source, target, full))
+def copy_page(source: Any, target: Any, full: Any, tokens: Any) -> None:
+    """Keys or values of the strips of a page that hold some of its tokens, the first in any case."""
+    tokens = jnp.clip(tokens, 1, PAGE)
+    for end in range(STRIP, PAGE + STRIP, STRIP):
+        rows = pl.ds(0, end)
+        copy = functools.partial(plgpu.copy_gmem_to_smem, source.at[rows], target.at[rows], full)
+        pl.when((tokens > end - STRIP) & (tokens <= end))(copy)
 
 
 def compute(run: Run) -> None:
@@ -502,7 +504,7 @@ def fold_statistics(stat: Any, g: int, where: list[Any], exists: list[Any], top:
 
 
 def clear_values(run: Run) -> None:
-    """Zeros where values will be: those that a short page leaves out count nothing, but must not be NaN."""
+    """Zeros where values will be: those of strips that are left out count nothing, but must not be NaN."""
     sizes, refs = run.sizes, run.refs
     for stage in range(sizes.stages):
         refs.v_s[stage] = plgpu.layout_cast(jnp.zeros((PAGE, sizes.width), sizes.dtype), plgpu.Layout.WGMMA)
