@@ -9,7 +9,9 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -40,6 +42,8 @@ sys.path[:] = json.loads(sys.argv[1])
 from jaxserve.engine.process import main
 main(int(sys.argv[2]))
 """
+FEW_OUTPUTS = 4  # of a report that is sent at once
+SMALL_BYTES = 1 << 15  # fit a socket that is said to have room: on Linux three quarters of its buffer are free then
 END_SECONDS = 1.5  # for the process to end by itself, what it writes into the compilation cache included
 
 
@@ -208,26 +212,47 @@ def _portable(error: BaseException) -> Exception:
 
 
 class _Reports:
-    """Sends reports in a thread, so that a server that is slow to read them holds up no step."""
+    """Sends reports; most in a thread, so that neither a crowd's nor a server that is slow to read holds up a step.
+
+    What a few streams wait for is sent at once where the socket has room: a thread would have to wait for its turn at
+    the interpreter, which prepares the next step meanwhile.
+    """
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._waiting: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._room = select.poll()
+        self._room.register(connection, select.POLLOUT)
+        self._waiting: queue.Queue[bytes | Report] = queue.Queue()
         threading.Thread(target=self._write, daemon=True, name="reports").start()
 
     def put(self, report: Report) -> None:
-        """Send it after those before."""
-        self._waiting.put(report)
+        """Send it after those before; one thread calls this."""
+        if len(report.outputs) > FEW_OUTPUTS or report.results:
+            self._waiting.put(report)
+            return
+        message = pickle.dumps(pack(report))
+        if self._waiting.unfinished_tasks or len(message) > SMALL_BYTES or not self._room.poll(0):
+            self._waiting.put(message)
+        else:
+            self._send(message)
 
     def _write(self) -> None:
+        while self._send(self._waiting.get()):
+            self._waiting.task_done()
+
+    def _send(self, report: bytes | Report) -> bool:
+        """False if nobody listens any more, and this process ends."""
         try:
-            while True:
-                self._connection.send(pack(self._waiting.get()))
+            if isinstance(report, bytes):
+                self._connection.send_bytes(report)
+            else:
+                self._connection.send(pack(report))
         except OSError:
-            return  # nobody listens any more, and this process ends
+            return False
         except Exception:
             logger.exception("a report could not be sent")
             os._exit(1)  # or everybody would wait for ever
+        return True
 
 
 class _Commands:

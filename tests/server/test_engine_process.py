@@ -104,15 +104,33 @@ def test_exceptions_that_may_not_travel_are_told():
 
 
 def test_a_reader_that_sleeps_holds_up_nobody():
-    """Many times what the pipe holds is put in no time, and arrives in order when it is read."""
+    """Many times what the pipe holds is put in no time, and arrives in order when it is read, whoever sent it."""
     near, far = Pipe()
     reports = _Reports(near)
+    shapes = ((1, 10_000), (1, 100_000), (10, 1000), (0, 0))  # outputs, and letters of each
     start = time.monotonic()
     for number in range(300):
-        reports.put(Report(Queue(number), [(number, ValueError("x" * 10_000))]))
+        outputs, letters = shapes[number % 4]
+        rows = [(number * 10 + i, ValueError("x" * letters)) for i in range(outputs)]
+        reports.put(Report(Queue(number), rows, [] if outputs else [(number, None, None)]))
     assert time.monotonic() - start < 1
-    prompts = {number: ("", None, [1]) for number in range(300)}
-    assert [unpack(far.recv(), prompts).queue.added for _ in range(300)] == list(range(300))
+    prompts = {number: ("", None, [1]) for number in range(3000)}
+    found = [unpack(far.recv(), prompts) for _ in range(300)]
+    assert [report.queue.added for report in found] == list(range(300))
+    assert [len(report.outputs) for report in found[:4]] == [outputs for outputs, _ in shapes]
+
+
+def test_what_few_wait_for_is_sent_by_the_thread_that_puts_it(monkeypatch: pytest.MonkeyPatch):
+    """Unless something else is still to be sent, or the reader does not read."""
+    monkeypatch.setattr(_Reports, "_write", lambda self: None)
+    near, far = Pipe()
+    reports = _Reports(near)
+    reports.put(Report(Queue(1)))
+    assert far.poll()
+    assert unpack(far.recv(), {}).queue.added == 1
+    reports.put(Report(Queue(2), [(number, ValueError()) for number in range(10)]))
+    reports.put(Report(Queue(3)))
+    assert not far.poll(0.05)
 
 
 def children(pid: int) -> list[int]:
