@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 import queue
 import select
 import signal
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ class _Reports:
         if len(report.outputs) > FEW_OUTPUTS or report.results:
             self._waiting.put(report)
             return
-        message = pickle.dumps(pack(report))
+        message = bytes(ForkingPickler.dumps(pack(report)))  # as `send` makes it
         if self._waiting.unfinished_tasks or len(message) > SMALL_BYTES or not self._room.poll(0):
             self._waiting.put(message)
         else:

@@ -1,8 +1,8 @@
 """Gate, up and activation of some hundred tokens in one Hopper kernel in Pallas Mosaic GPU.
 
-A CTA multiplies up to 256 tokens with the weights of 96 inner features: 128 CTAs for Qwen3-8B, one wave
-on the 132 multiprocessors of an H100. Tokens are the left operand of the wgmmas and the right one is the 96 gates'
-weights with the 96 ups' under them, so a thread has the gates and ups of the same features in registers.
+A CTA multiplies up to 256 tokens with the weights of some inner features, 96 for Qwen3-8B: 128 CTAs, one wave on the
+132 multiprocessors of an H100. Tokens are the left operand of the wgmmas and the right one is the gates' weights with
+the ups' under them, so a thread has the gates and ups of the same features in registers.
 
 Up to 128 tokens are bound by memory, which is read best in long pieces of each row: a ring of their own for the tokens
 leaves room for three stages of 128 features of weights (128 tokens: 77.9 us; in stages of 64 features 81.5, with both
@@ -13,6 +13,7 @@ instead of four (85 to 90), waiting for every wgmma (86.6), weights read into th
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +30,11 @@ WG_ROWS = 64  # of a wgmma
 STEP = 64  # features of a stage of tokens: 128 bytes, the widest swizzle
 GROUPS = {64: 1, 128: 2, 192: 3, 256: 2}  # warpgroups that multiply, by tokens of a CTA
 REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies, by these warpgroups
-CHUNK = 32  # inner features that are activated and stored together
+INNER = (128, 112, 96, 80, 64, 48, 32)  # inner features that a CTA may have
+MOST_INNER = {64: 128, 128: 128, 192: 112, 256: 96}  # for whose sums there are registers, by tokens of a CTA
+MULTIPROCESSORS = 132
+SMEM_BYTES = 229_376  # of the 232,448 that a CTA may have; barriers and alignment need some
+MAX_TOKEN_STAGES = 6
 
 
 class Tiling(NamedTuple):
@@ -40,13 +45,24 @@ class Tiling(NamedTuple):
     stages: int
     token_stages: int
 
+    @classmethod
+    def fit(cls, tokens: int, inner: int) -> "Tiling":
+        """For so many tokens of a CTA: what a multiprocessor has to read is least, and as many stages as fit.
 
-TILINGS = {  # by tokens of a CTA
-    64: Tiling(96, 128, 3, 6),
-    128: Tiling(96, 128, 3, 4),
-    192: Tiling(96, 64, 4, 4),
-    256: Tiling(96, 64, 4, 4),
-}
+        Raises:
+            NotImplementedError: no number of features divides all.
+        """
+        fitting = [size for size in INNER if size <= MOST_INNER[tokens] and inner % size == 0]
+        if not fitting:
+            raise NotImplementedError(f"{inner} inner features are a multiple of none of {INNER}")
+        size = min(fitting, key=lambda size: pl.cdiv(inner // size, MULTIPROCESSORS) * (2 * size + tokens))
+        weights, token_bytes = 4 * size, 2 * tokens * STEP  # bytes for one feature, and of a stage
+        if tokens <= 128:
+            step, stages = 2 * STEP, 3
+            rest = (SMEM_BYTES - stages * step * weights) // token_bytes
+            return cls(size, step, stages, min(rest, MAX_TOKEN_STAGES))
+        stages = SMEM_BYTES // (STEP * weights + token_bytes)
+        return cls(size, STEP, stages, stages)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Sizes:
         tile = next((size for size in sorted(GROUPS, reverse=True) if tokens % size == 0), padded)
         if tile not in GROUPS:
             raise NotImplementedError(f"{tokens} tokens are more than {max(GROUPS)} and not a multiple of {WG_ROWS}")
-        tiling = tiling or TILINGS[tile]
+        tiling = tiling or Tiling.fit(tile, inner)
         if width % tiling.step or inner % tiling.inner:
             raise NotImplementedError(f"{tokens} tokens, {width} -> {inner} features by {tiling}")
         if min(tiling.stages, tiling.token_stages) < 2:  # a stage is free when the one after it is multiplied
@@ -96,6 +112,11 @@ class Sizes:
     def rows(self) -> int:
         """Tokens of a warpgroup."""
         return self.tokens // self.groups
+
+    @property
+    def chunk(self) -> int:
+        """Inner features that are activated and stored together."""
+        return math.gcd(self.tiling.inner, 32)
 
 
 class Refs(NamedTuple):
@@ -160,7 +181,7 @@ def scratch(sizes: Sizes) -> list[Any]:
     """Shared memory and barriers, in the order of `Refs`."""
     dtype, (inner, step, stages, token_stages), groups = sizes.dtype, sizes.tiling, sizes.groups
     tokens = plgpu.SMEM((token_stages, sizes.tokens, STEP), dtype, transforms=swizzled(dtype))
-    out = plgpu.SMEM((groups, sizes.rows, inner), dtype, transforms=swizzled(dtype, CHUNK))
+    out = plgpu.SMEM((groups, sizes.rows, inner), dtype, transforms=swizzled(dtype, sizes.chunk))
     return [
         plgpu.RefUnion(tokens, out),
         plgpu.SMEM((stages, 2 * inner, step), dtype, transforms=swizzled(dtype)),
@@ -247,9 +268,9 @@ def compute(sizes: Sizes, refs: Refs, place: Place, wg: Any) -> None:
     acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((sizes.rows, 2 * inner), jnp.float32))
     plgpu.barrier_arrive(refs.done)
     plgpu.barrier_wait(refs.done)
-    for start in range(0, inner, CHUNK):
-        gate, up = (acc[:, first : first + CHUNK] for first in (start, inner + start))
-        refs.out_s[wg, :, pl.ds(start, CHUNK)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
+    for start in range(0, inner, sizes.chunk):
+        gate, up = (acc[:, first : first + sizes.chunk] for first in (start, inner + start))
+        refs.out_s[wg, :, pl.ds(start, sizes.chunk)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
     plgpu.commit_smem()
     rows = pl.ds(place.tokens + wg * sizes.rows, sizes.rows)
     plgpu.copy_smem_to_gmem(refs.out_s.at[wg], refs.out.at[rows, pl.ds(place.inner, inner)])

@@ -71,8 +71,9 @@ def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 384, 512])
-def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int):
-    x, gate_up, _ = shapes(tokens, 4096, 12288, 4096)
+@pytest.mark.parametrize(("width", "inner"), [(4096, 12288), (4096, 14336), (3584, 18944)], ids=str)
+def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int, width: int, inner: int):
+    x, gate_up, _ = shapes(tokens, width, inner, 8)
     assert "mosaic_gpu" in hopper_tiled.call.trace(x, gate_up).lower(lowering_platforms=("cuda",)).as_text()
 
 
