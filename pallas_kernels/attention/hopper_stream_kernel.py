@@ -203,7 +203,6 @@ def load(run: Run) -> None:
     segment = functools.partial(load_segment, run, refs.layer[0])
     start = jnp.int32(0), run.begin(), run.first_place
     done = lax.fori_loop(0, run.touched, segment, start)[0]
-    pl.when(done == 0)(lambda: plgpu.barrier_wait(refs.cleared.at[0]))
 
     # Drain, so that every barrier ends in a completed phase (the interpreter checks it).
     @pl.loop(jnp.maximum(done - sizes.stages, 0), done)
@@ -272,7 +271,7 @@ def compute(run: Run) -> None:
 
     @pl.when(run.wg == 0)
     def _():
-        clear_values(run)
+        pl.when(run.touched > 0)(lambda: clear_values(run))
         clear_padding(run)
 
     lax.fori_loop(0, run.touched, functools.partial(compute_segment, run), jnp.int32(0))

@@ -52,9 +52,10 @@ class Tiling(NamedTuple):
         Raises:
             NotImplementedError: no number of features divides all.
         """
-        fitting = [size for size in INNER if size <= MOST_INNER[tokens] and inner % size == 0]
+        sizes = [size for size in INNER if size <= MOST_INNER[tokens]]
+        fitting = [size for size in sizes if inner % size == 0]
         if not fitting:
-            raise NotImplementedError(f"{inner} inner features are a multiple of none of {INNER}")
+            raise NotImplementedError(f"{inner} inner features are a multiple of none of {sizes}")
         size = min(fitting, key=lambda size: pl.cdiv(inner // size, MULTIPROCESSORS) * (2 * size + tokens))
         weights, token_bytes = 4 * size, 2 * tokens * STEP  # bytes for one feature, and of a stage
         if tokens <= 128:

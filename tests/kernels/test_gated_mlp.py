@@ -87,6 +87,20 @@ def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[in
     assert error(got, gated(x, gate_up)) < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [64, 128, 192, 256])
+def test_tilings_fit_shared_memory_and_registers(tokens: int):
+    assert hopper_tiled.Tiling.fit(tokens, 12288).inner == 96  # 128 CTAs, one wave
+    sizes = [size for size in hopper_tiled.INNER if size <= hopper_tiled.MOST_INNER[tokens]]
+    for inner in (inner for inner in range(32, 30_000, 16) if any(inner % size == 0 for size in sizes)):
+        size, step, stages, token_stages = hopper_tiled.Tiling.fit(tokens, inner)
+        assert inner % size == 0
+        assert min(stages, token_stages) >= 2
+        assert 2 * (stages * 2 * size * step + token_stages * tokens * hopper_tiled.STEP) <= 232_448 - 2048
+        assert size <= token_stages * hopper_tiled.STEP  # results lie where tokens were
+        rows = tokens // hopper_tiled.GROUPS[tokens]
+        assert rows * 2 * size // 128 <= 192  # registers of a thread for the sums
+
+
 @pytest.mark.parametrize(
     ("tokens", "tiling", "reason"),
     [
