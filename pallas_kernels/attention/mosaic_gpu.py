@@ -53,6 +53,7 @@ def hopper_attention(
         NotImplementedError: what the kernels cannot serve, with its values.
     """
     _check(q, kv)
+    _check_table(page_table)
     num_tokens, heads, width = q.shape
     key_heads, seqs = kv.shape[3], kv_lens.shape[0]
     config = StreamConfig.fit(ctas, heads // key_heads, width, mixed=num_tokens != seqs)
@@ -99,6 +100,12 @@ def _check(q: Float[Array, "T N H"], kv: Float[Array, "L pages kinds K p H"]) ->
     if group * width % 64:
         raise NotImplementedError(f"{group=} x {width=} is not a multiple of 64")
     swizzled(width * 2)
+
+
+def _check_table(page_table: Int[Array, "S P"]) -> None:
+    seqs, pages = page_table.shape
+    if seqs << pages.bit_length() >= 1 << 31:
+        raise NotImplementedError(f"{seqs} sequences of {pages} pages: their plan needs more than 31 bits")
 
 
 def _check_long(width: int) -> None:

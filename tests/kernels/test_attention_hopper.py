@@ -127,6 +127,17 @@ def test_plan_visits_every_page_once(lens: tuple[int, ...], runs_share_groups: b
         assert max(runs[:, 3]) - min(runs[:, 3]) <= 1
 
 
+def test_plan_reads_no_further_than_the_page_table():
+    """Decodes in one launch go on past the end of a sequence that has no page more; what they make is dropped."""
+    config = hopper_stream.StreamConfig.fit(7, 1, 128, mixed=False)
+    table = jnp.arange(4 * 3, dtype=jnp.int32).reshape(4, 3)
+    lens = jnp.array([64 * 3 + 1, 64 * 3, 10_000, 5], jnp.int32)
+    starts = jnp.arange(5, dtype=jnp.int32)
+    plan = hopper_stream.plan_stream(starts, lens, table, 4, 1, 4, 2, None, config)
+    tiles = np.asarray(plan.words)[7 * (RUN_WORDS + TILE_WORDS) + 2 :][: 4 * TILE_WORDS].reshape(4, TILE_WORDS)
+    np.testing.assert_array_equal(tiles[:, 4:], [[0, 3], [0, 3], [0, 3], [0, 1]])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,6 +153,17 @@ def test_names_what_it_cannot_serve(change: dict, message: str):
     arrays, (q, kv, *rest) = inputs(dataclasses.replace(SMALL[0], **change))
     with pytest.raises(NotImplementedError, match=message):
         mosaic_gpu.hopper_attention(q, kv, arrays.layer, *rest, scale=1.0)
+
+
+def test_names_a_table_that_no_plan_holds():
+    arrays, (q, kv, _, starts, _) = inputs(SMALL[0])
+    table, lens = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1 << 16, 1 << 15), (1 << 16,)))
+    with pytest.raises(NotImplementedError, match="65536 sequences of 32768 pages"):
+        jax.eval_shape(
+            lambda table, lens: mosaic_gpu.hopper_attention(q, kv, arrays.layer, table, starts, lens, scale=1.0),
+            table,
+            lens,
+        )
 
 
 def test_needs_a_hopper_gpu():
