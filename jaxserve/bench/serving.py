@@ -222,10 +222,10 @@ async def run(
 
 async def send(http: httpx.AsyncClient, target: Target, request: Request, due: float) -> Answer:
     """Send a request that was `due` and read its answer; whatever goes wrong is the answer's error."""
-    built = http.build_request("POST", ENDPOINTS[target.endpoint], content=request.body)  # takes half a millisecond
-    start = time.perf_counter()
-    answer = Answer(request.prompt_len, late=start - due)
+    answer = Answer(request.prompt_len)
     try:
+        built = http.build_request("POST", ENDPOINTS[target.endpoint], content=request.body)  # not the server's time
+        answer.late = (start := time.perf_counter()) - due
         async with asyncio.timeout(target.timeout):
             await stream(http, built, answer, start)
     except TimeoutError:

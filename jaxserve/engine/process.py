@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from jaxserve.engine.process import main
 main(int(sys.argv[2]))
 """
-FEW_OUTPUTS = 4  # of a report that is sent at once
-SMALL_BYTES = 1 << 15  # fit a socket that is said to have room: on Linux three quarters of its buffer are free then
+FEW_OUTPUTS, FEW_TOKENS = 4, 128  # of a report that is sent at once
 END_SECONDS = 1.5  # for the process to end by itself, what it writes into the compilation cache included
 
 
@@ -157,6 +155,21 @@ def _row(output: RequestOutput) -> tuple[Any, ...]:
     return completions, output.finished, output.prompt_logprobs, stats, output.num_cached_tokens, output.error
 
 
+def is_small(report: Report) -> bool:
+    """Whether it is nothing but some tokens of a few streams, and so takes some microseconds and kilobytes to send."""
+    if report.results or len(report.outputs) > FEW_OUTPUTS:
+        return False
+    left = FEW_TOKENS
+    for _, output in report.outputs:
+        if isinstance(output, Exception) or output.prompt_logprobs is not None:
+            return False
+        for one in output.outputs:
+            left -= len(one.token_ids)
+            if left < 0 or one.logprobs is not None:
+                return False
+    return True
+
+
 def unpack(packed: tuple[Any, ...], prompts: dict[int, tuple[str, str | None, list[int]]]) -> Report:
     """The report that `pack` packed; prompts of requests that have ended are removed."""
     state, rows, results, dead = packed
@@ -214,39 +227,32 @@ def _portable(error: BaseException) -> Exception:
 class _Reports:
     """Sends reports; most in a thread, so that neither a crowd's nor a server that is slow to read holds up a step.
 
-    What a few streams wait for is sent at once where the socket has room: a thread would have to wait for its turn at
-    the interpreter, which prepares the next step meanwhile.
+    What a few streams wait for is sent at once where the socket has room, which on Linux is most of its buffer: a
+    thread would have to wait for its turn at the interpreter, which prepares the next step meanwhile.
     """
 
     def __init__(self, connection: Connection):
         self._connection = connection
         self._room = select.poll()
         self._room.register(connection, select.POLLOUT)
-        self._waiting: queue.Queue[bytes | Report] = queue.Queue()
+        self._waiting: queue.Queue[Report] = queue.Queue()
         threading.Thread(target=self._write, daemon=True, name="reports").start()
 
     def put(self, report: Report) -> None:
         """Send it after those before; one thread calls this."""
-        if len(report.outputs) > FEW_OUTPUTS or report.results:
-            self._waiting.put(report)
-            return
-        message = bytes(ForkingPickler.dumps(pack(report)))  # as `send` makes it
-        if self._waiting.unfinished_tasks or len(message) > SMALL_BYTES or not self._room.poll(0):
-            self._waiting.put(message)
+        if is_small(report) and not self._waiting.unfinished_tasks and self._room.poll(0):
+            self._send(report)
         else:
-            self._send(message)
+            self._waiting.put(report)
 
     def _write(self) -> None:
         while self._send(self._waiting.get()):
             self._waiting.task_done()
 
-    def _send(self, report: bytes | Report) -> bool:
+    def _send(self, report: Report) -> bool:
         """False if nobody listens any more, and this process ends."""
         try:
-            if isinstance(report, bytes):
-                self._connection.send_bytes(report)
-            else:
-                self._connection.send(pack(report))
+            self._connection.send(pack(report))
         except OSError:
             return False
         except Exception:

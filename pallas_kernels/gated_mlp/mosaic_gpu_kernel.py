@@ -24,8 +24,8 @@ from pallas_kernels.tuning import tuned
 
 HALF = TILE // 2  # inner features of a tile: gates and ups are a half of its rows each
 TOKENS = 32  # whose gates and ups are brought together at a time
-# Of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each. Not as many as
-# sequences ever are: their zeros would be taken for these, and copied for each layer.
+# Of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each. Not a likely
+# number of sequences: their zeros would be taken for these, and copied for each layer.
 COUNTERS = 37
 
 # [tokens, 32 features] in registers: a warp holds whole rows.

@@ -107,30 +107,53 @@ def test_a_reader_that_sleeps_holds_up_nobody():
     """Many times what the pipe holds is put in no time, and arrives in order when it is read, whoever sent it."""
     near, far = Pipe()
     reports = _Reports(near)
-    shapes = ((1, 10_000), (1, 100_000), (10, 1000), (0, 0))  # outputs, and letters of each
     start = time.monotonic()
-    for number in range(300):
-        outputs, letters = shapes[number % 4]
-        rows = [(number * 10 + i, ValueError("x" * letters)) for i in range(outputs)]
-        reports.put(Report(Queue(number), rows, [] if outputs else [(number, None, None)]))
+    for number in range(1200):
+        reports.put(Report(Queue(number), [] if number % 4 else [(number, ValueError("x" * 10_000))]))
     assert time.monotonic() - start < 1
-    prompts = {number: ("", None, [1]) for number in range(3000)}
-    found = [unpack(far.recv(), prompts) for _ in range(300)]
-    assert [report.queue.added for report in found] == list(range(300))
-    assert [len(report.outputs) for report in found[:4]] == [outputs for outputs, _ in shapes]
+    prompts = {number: ("", None, [1]) for number in range(1200)}
+    found = [unpack(far.recv(), prompts) for _ in range(1200)]
+    assert [report.queue.added for report in found] == list(range(1200))
+    assert [len(report.outputs) for report in found] == [1, 0, 0, 0] * 300
+
+
+def stream_output(tokens: int = 1, logprobs: list | None = None, prompt_logprobs: list | None = None) -> RequestOutput:
+    one = CompletionOutput(0, "a" * tokens, [7] * tokens, None, logprobs)
+    return RequestOutput("id", None, [1], [one], finished=False, prompt_logprobs=prompt_logprobs)
+
+
+SMALL = [(1, stream_output()), (2, stream_output(8))]
+LARGE = {
+    "crowd": [(number, stream_output()) for number in range(5)],
+    "many tokens": [(1, stream_output(100)), (2, stream_output(100))],
+    "scores": [(1, stream_output(1, [{}]))],
+    "scores of the prompt": [(1, stream_output(1, None, [None]))],
+    "refusal": [(1, ValueError())],
+}
+
+
+def sent_at_once(monkeypatch: pytest.MonkeyPatch, *reports: Report) -> int:
+    """How many reports arrive although no thread sends any."""
+    monkeypatch.setattr(_Reports, "_write", lambda self: None)
+    near, far = Pipe()
+    sender = _Reports(near)
+    for report in reports:
+        sender.put(report)
+    count = 0
+    while far.poll(0.05):
+        far.recv()
+        count += 1
+    return count
 
 
 def test_what_few_wait_for_is_sent_by_the_thread_that_puts_it(monkeypatch: pytest.MonkeyPatch):
-    """Unless something else is still to be sent, or the reader does not read."""
-    monkeypatch.setattr(_Reports, "_write", lambda self: None)
-    near, far = Pipe()
-    reports = _Reports(near)
-    reports.put(Report(Queue(1)))
-    assert far.poll()
-    assert unpack(far.recv(), {}).queue.added == 1
-    reports.put(Report(Queue(2), [(number, ValueError()) for number in range(10)]))
-    reports.put(Report(Queue(3)))
-    assert not far.poll(0.05)
+    assert sent_at_once(monkeypatch, Report(Queue(1), SMALL), Report(Queue(2))) == 2
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_what_takes_longer_is_not_nor_what_follows(kind: str, monkeypatch: pytest.MonkeyPatch):
+    assert sent_at_once(monkeypatch, Report(Queue(1), LARGE[kind]), Report(Queue(2), SMALL)) == 0
+    assert sent_at_once(monkeypatch, Report(Queue(1), SMALL, [(1, None, None)])) == 0
 
 
 def children(pid: int) -> list[int]:
