@@ -70,7 +70,7 @@ def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     assert "mosaic_gpu" in mosaic_gpu.call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 384, 512])
+@pytest.mark.parametrize("tokens", [48, 64, 128, 192, 256, 384, 512, 16384])
 @pytest.mark.parametrize(("width", "inner"), [(4096, 12288), (4096, 14336), (3584, 18944)], ids=str)
 def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int, width: int, inner: int):
     x, gate_up, _ = shapes(tokens, width, inner, 8)
@@ -78,7 +78,9 @@ def test_kernel_for_more_tokens_lowers_for_cuda(tokens: int, width: int, inner: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "tiling"), [(64, (96, 128, 2, 3)), (128, (96, 64, 4, 4)), (192, (32, 64, 3, 2))], ids=str
+    ("tokens", "tiling"),
+    [(64, (96, 128, 2, 3)), (128, (96, 64, 4, 4)), (192, (32, 64, 3, 2)), (1920, (96, 64, 3, 2))],
+    ids=str,
 )
 def test_kernel_for_more_tokens_in_the_interpreter(tokens: int, tiling: tuple[int, int, int, int]):
     """Several tiles of features, and more stages' worth of width than the ring has."""
@@ -165,7 +167,12 @@ def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "width", "inner"),
-    [*((tokens, 4096, 12288) for tokens in (48, 64, 128, 192, 256, 384)), (256, 4096, 6144), (512, 2560, 9696)],
+    [
+        *((tokens, 4096, 12288) for tokens in (48, 64, 128, 192, 256, 384)),
+        (256, 4096, 6144),
+        (512, 2560, 9696),
+        (8192, 512, 1536),
+    ],
 )
 def test_kernel_for_more_tokens_on_the_gpu(tokens: int, width: int, inner: int):
     x, gate_up, _ = make(tokens, width, inner, 8)
