@@ -3,9 +3,10 @@
     python scripts/tune_kernels.py --model qwen3-8b [FOLDER ...] [--tensor-parallel-size 2] [--only matmul]
         [--tokens 4 16 32 64 128 192 256 384 512] [--keep] [--output benchmarks/results/FILE.json]
 
-Ops: "matmul" and "gated_mlp", whose kernels serve only shapes and numbers of tokens that were measured, with the
-shapes of the named models (or of the models in folders with a config.json); "paged_attention", whose sizes are tried
-one after the other. The files are those that the kernels read (pallas_kernels/tuned/hopper); --keep leaves them alone.
+Ops: "matmul", "gated_mlp" and "block_tail", whose kernels serve only shapes and numbers of tokens that were measured,
+with the shapes of the named models (or of the models in folders with a config.json); "paged_attention", whose sizes are
+tried one after the other. The files are those that the kernels read (pallas_kernels/tuned/hopper); --keep leaves them
+alone.
 
 Every program chains calls over weights that are far larger than the L2 cache, compiled as the engine's programs are.
 Candidates take turns, and the best of some rounds counts. A kernel must agree with XLA and win to be used, by 2 % where
@@ -38,20 +39,23 @@ from jaxserve.layers.linear import contract
 from jaxserve.models import ModelConfig, resolve
 from jaxserve.weights import read_hf_config
 from pallas_kernels import matmul, tuning
+from pallas_kernels.block_tail import mosaic_gpu as block_tail_mosaic_gpu
+from pallas_kernels.block_tail import reference as block_tail_reference
 from pallas_kernels.gated_mlp import hopper_tiled, reference
 from pallas_kernels.gated_mlp import mosaic_gpu as gated_mosaic_gpu
 from pallas_kernels.matmul import mosaic_gpu
 from pallas_kernels.platform import require_hopper
 
 DEVICE = "hopper"
-OPS = ("matmul", "gated_mlp", "paged_attention")
+OPS = ("matmul", "gated_mlp", "block_tail", "paged_attention")
 TOKENS = (4, 16, 32, 64, 128, 192, 256, 384, 512)  # as decodes have
 COLD_BYTES = 400 << 20  # of weights in a program: eight times the L2 cache of an H100
 MOST_CALLS = 32  # of a program
 ROUNDS, SECONDS = 7, 0.01  # of each candidate, and of a round
 # A kernel's time over XLA's from which on it is used. One that spares launches gains more in a step than in a chain:
 # 32 sequences of Qwen3-8B took 6.58 ms a step with a kernel for the feed-forward layer and 6.79 without, a tie here.
-GAINS = {"matmul": 0.98, "gated_mlp": 1.0}
+GAINS = {"matmul": 0.98, "gated_mlp": 1.0, "block_tail": 1.0}
+EPS = 1e-6  # of norms
 MOST_ERROR = 2e-2  # relative, of bfloat16 results against each other
 COMPILERS = 8  # threads
 DECODES = ("decode 64 x 1024", "decode 256 x 1024", "decode 256 x 100..2048")
@@ -74,14 +78,16 @@ class Contest:
     Attributes:
         op: its name.
         key: what the file of the op calls the shapes.
-        tokens: rows of the left operand.
+        tokens: rows of the left operands.
+        inputs: features of each of these.
         weights: their shapes.
-        candidates: by name: `(x, *weights) -> result`; one is called "xla".
+        candidates: by name: `(*left operands, *weights) -> result`; one is called "xla".
     """
 
     op: str
     key: dict[str, Any]
     tokens: int
+    inputs: tuple[int, ...]
     weights: tuple[tuple[int, ...], ...]
     candidates: dict[str, Callable[..., jax.Array]]
 
@@ -94,7 +100,7 @@ class Contest:
     @property
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Of the operands of each call; with tokens in common, XLA would join weights to one product."""
-        sizes = (self.tokens, self.weights[0][-1]), *self.weights
+        sizes = *((self.tokens, features) for features in self.inputs), *self.weights
         return [tuple(Shape(shape, jnp.bfloat16) for shape in sizes)] * self.calls
 
     def compile(self, name: str) -> jax.stages.Compiled | Exception:
@@ -138,7 +144,7 @@ def matmul_contests(configs: Iterable[ModelConfig], shards: int, tokens: Sequenc
             "mosaic_gpu": functools.partial(mosaic_gpu.call, out_dtype=jnp.dtype(result), ctas=ctas),
         }
         key = {"outputs": outputs, "inputs": inputs, "result": result}
-        contests += [Contest("matmul", key, count, ((outputs, inputs),), candidates) for count in tokens]
+        contests += [Contest("matmul", key, count, (inputs,), ((outputs, inputs),), candidates) for count in tokens]
     return contests
 
 
@@ -162,7 +168,31 @@ def gated_contests(configs: Iterable[ModelConfig], shards: int, tokens: Sequence
     }
     for width, inner in sorted(sizes):
         key, weights = {"width": width, "inner": inner, "outputs": width}, ((inner, 2, width), (width, inner))
-        contests += [Contest("gated_mlp", key, count, weights, candidates) for count in tokens]
+        contests += [Contest("gated_mlp", key, count, (width,), weights, candidates) for count in tokens]
+    return contests
+
+
+def tail_contests(configs: Iterable[ModelConfig], tokens: Sequence[int]) -> list[Contest]:
+    """Of the second halves of the layers of all models, against the best that was found for their parts."""
+    sms, contests = require_hopper(), []
+
+    def plain(*operands: jax.Array) -> jax.Array:
+        return block_tail_reference.block_tail(*operands, jax.nn.silu, contract, norm_eps=EPS)
+
+    def fused(*operands: jax.Array) -> jax.Array:
+        gated_mosaic_gpu.require_room(operands[0].shape[1], sms)
+        return block_tail_mosaic_gpu.call(*operands, norm_eps=EPS)
+
+    candidates = {"xla": plain, "mosaic_gpu": fused}
+    sizes = {
+        (config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size)
+        for config in configs
+        if config.activation == "silu"
+    }
+    for heads, width, inner in sorted(sizes):
+        key = {"heads": heads, "width": width, "inner": inner}
+        weights = (width, heads), (width,), (inner, 2, width), (width, inner)
+        contests += [Contest("block_tail", key, count, (width, heads), weights, candidates) for count in tokens]
     return contests
 
 
@@ -173,11 +203,11 @@ def fill(contest: Contest) -> list[tuple[jax.Array, ...]]:
     def draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
         return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(scale, jnp.bfloat16)
 
-    def operands(key: jax.Array, tokens: Shape, *weights: Shape) -> tuple[jax.Array, ...]:
-        first, *others = jax.random.split(key, 1 + len(weights))
-        return draw(first, tokens.shape, 1.0), *(
-            draw(one, weight.shape, weight.shape[-1] ** -0.5) for one, weight in zip(others, weights, strict=True)
-        )
+    def operands(key: jax.Array, *shapes: Shape) -> tuple[jax.Array, ...]:
+        lefts = len(contest.inputs)
+        scales = [1.0 if i < lefts or one.ndim == 1 else one.shape[-1] ** -0.5 for i, one in enumerate(shapes)]
+        keys = jax.random.split(key, len(shapes))
+        return tuple(draw(key, one.shape, scale) for key, one, scale in zip(keys, shapes, scales, strict=True))
 
     keys = jax.random.split(jax.random.key(0), contest.calls)
     return [operands(key, *shapes) for key, shapes in zip(keys, contest.shapes, strict=True)]
@@ -316,9 +346,13 @@ def tune(
     known = tuning.tuned(DEVICE, op)
     if op == "paged_attention":
         return tune_attention(known)
-    contests = matmul_contests if op == "matmul" else gated_contests
-    results = hold(contests(configs, args.tensor_parallel_size, args.tokens))
-    lists = {"mosaic_gpu": "tokens"} if op == "matmul" else {"stream": "stream", "tiled": "tiled"}
+    if op == "block_tail":
+        contests = tail_contests(configs, args.tokens)
+    else:
+        find = matmul_contests if op == "matmul" else gated_contests
+        contests = find(configs, args.tensor_parallel_size, args.tokens)
+    results = hold(contests)
+    lists = {"stream": "stream", "tiled": "tiled"} if op == "gated_mlp" else {"mosaic_gpu": "tokens"}
     return merge(known, results, lists), results
 
 

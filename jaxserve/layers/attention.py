@@ -51,10 +51,17 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
     ) -> tuple[Float[Array, "T D"], KVCache]:
+        heads, cache = self.heads(x, rope, chunks, cache, layer)
+        with jax.named_scope("attention"):
+            return self.out(heads), cache
+
+    def heads(
+        self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
+    ) -> tuple[Float[Array, "T N H"], KVCache]:
+        """All but the projection of the heads."""
         with jax.named_scope("attention"):
             q, cache = cache.write(layer, self.qkv(x), rope, chunks, **self._head_norms())
-            out = cache.attend(layer, q, chunks, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
-            return self.out(out), cache
+            return cache.attend(layer, q, chunks, scale=self.scale, window=self.window, soft_cap=self.soft_cap), cache
 
     def _head_norms(self) -> dict[str, Any]:
         """The norms of queries and keys as `KVCache.write` takes them."""

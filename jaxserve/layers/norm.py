@@ -1,9 +1,10 @@
 """Root-mean-square normalisation."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from pallas_kernels.norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -18,6 +19,4 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps, self.offset)

@@ -8,13 +8,14 @@ from jaxtyping import Array, Float, Int
 from jaxserve.kv_cache import Chunks, Index, KVCache
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.embedding import Embedding
-from jaxserve.layers.linear import Linear
-from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.linear import Linear, contract
+from jaxserve.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import Tables
 from jaxserve.models.config import ModelConfig
 from jaxserve.sums import PLAIN, Sums
-from sharding.collectives import shard
+from pallas_kernels.block_tail import block_tail
+from sharding.collectives import shard, shards
 
 Step = tuple[Float[Array, "T D"], KVCache]
 
@@ -67,9 +68,26 @@ class PreNormBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index, sums: Sums
     ) -> Step:
-        attended, cache = self.attention(self.attention_norm(x), rope, chunks, cache, layer)
+        normed = self.attention_norm(x)
+        if shards() == 1 and self.attention.out.bias is None and self.mlp.gate_up.bias is None:
+            heads, cache = self.attention.heads(normed, rope, chunks, cache, layer)
+            return self._tail(x, heads), cache
+        attended, cache = self.attention(normed, rope, chunks, cache, layer)
         x = x + sums.total(attended, 1 + 2 * layer)
         return x + sums.total(self.mlp(self.mlp_norm(x)), 2 + 2 * layer), cache
+
+    def _tail(self, x: Float[Array, "T D"], heads: Float[Array, "T N H"]) -> Float[Array, "T D"]:
+        """What follows attention, where it can be one kernel: no biases, and nothing to add up over devices."""
+        mlp, norm, projection = self.mlp, self.mlp_norm, self.attention.out.kernel[...]
+        weights = (
+            projection.reshape(len(projection), -1),
+            norm.scale[...],
+            mlp.gate_up.kernel[...],
+            mlp.down.kernel[...],
+        )
+        activation, options = ACTIVATIONS[mlp.activation], {"norm_eps": norm.eps, "norm_offset": norm.offset}
+        with jax.named_scope("mlp"):
+            return block_tail(x, heads.reshape(len(x), -1), *weights, activation, contract, **options)
 
 
 class SandwichBlock(nnx.Module):

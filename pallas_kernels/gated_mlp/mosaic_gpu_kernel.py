@@ -1,5 +1,6 @@
 """The kernel of the gated feed-forward layer: what the warpgroups of a CTA do. `mosaic_gpu` tells what it is for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,9 +28,13 @@ TOKENS = 32  # whose gates and ups are brought together at a time
 # Of which one counts: XLA clears several in one kernel for all layers, a lone one by a copy for each. Not a likely
 # number of sequences: their zeros would be taken for these, and copied for each layer.
 COUNTERS = 37
+REDUCTION_BYTES = 2048  # of shared memory, for sums over warps
+ALIGNMENT = 1024  # bytes that a buffer takes at least
 
 # [tokens, 32 features] in registers: a warp holds whole rows.
 ROWS = plgpu.Layout.TILED(plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+Load = Callable[[Any, Any], None]  # of a step into a stage of the ring
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Sizes:
 
     Attributes:
         tokens, width, inner, outputs: of the arrays.
+        heads: features of a product before these, see `pallas_kernels.block_tail`; 0 without one.
         step: features of a stage.
         stages: of the ring.
         dtype: of the arrays.
@@ -47,12 +53,13 @@ class Sizes:
     width: int
     inner: int
     outputs: int
+    heads: int
     step: int
     stages: int
     dtype: DTypeLike
 
     @classmethod
-    def fit(cls, tokens: int, width: int, inner: int, outputs: int, dtype: DTypeLike) -> "Sizes":
+    def fit(cls, tokens: int, width: int, inner: int, outputs: int, dtype: DTypeLike, heads: int = 0) -> "Sizes":
         """The sizes for 16-bit arrays.
 
         Raises:
@@ -61,10 +68,14 @@ class Sizes:
         if outputs % TILE or inner % TILE:
             raise NotImplementedError(f"{inner} inner features and {outputs} outputs are not multiples of {TILE}")
         longest = 256 if tokens <= tuned("hopper", "gated_mlp")["long_stage_tokens"] else 128  # or too few stages fit
-        step = min(stage_features(width, longest), stage_features(inner // 2, longest))
-        sizes = cls(tokens, width, inner, outputs, step, 0, dtype)
-        together, half = TILE * min(sizes.rows, TOKENS) * 4, TILE * sizes.share
-        other_bytes = together + sizes.rows * HALF * 2 + half * 2 + 2 * half * 4
+        inputs = (width, inner // 2, heads // 2) if heads else (width, inner // 2)
+        step = min(stage_features(features, longest) for features in inputs)
+        sizes = cls(tokens, width, inner, outputs, heads, step, 0, dtype)
+        half = TILE * sizes.share
+        exchange = max(TILE * min(sizes.rows, TOKENS), 2 * half) * 4
+        other_bytes = exchange + sizes.rows * HALF * 2 + half * 2
+        if heads:
+            other_bytes += half * 2 + 2 * ALIGNMENT + REDUCTION_BYTES
         return replace(sizes, stages=fit_stages(sizes.rows, step, other_bytes))
 
     @property
@@ -77,6 +88,10 @@ class Sizes:
         return self.outputs // TILE
 
     @property
+    def ctas(self) -> int:
+        return self.clusters * 2
+
+    @property
     def share(self) -> int:
         """Tokens whose outputs a CTA of a cluster finishes."""
         return whole_groups(self.rows // 2)
@@ -87,7 +102,7 @@ class Sizes:
 
 
 class Refs(NamedTuple):
-    """The kernel's references: inputs, outputs, SMEM (`_s`) and barriers."""
+    """The kernel's references: inputs, outputs, SMEM (`_s`) and barriers. `both_s` and `halves_s` are one buffer."""
 
     x: Any
     gate_up: Any
@@ -95,9 +110,9 @@ class Refs(NamedTuple):
     inner: Any
     out: Any
     both_s: Any
+    halves_s: Any
     inner_s: Any
     out_s: Any
-    halves_s: Any
     exchanged: Any
     ring: Ring
 
@@ -110,13 +125,23 @@ class Part:
     half: Any
     cta: Any
     tiles: Any
+    heads_steps: int
     first_steps: int  # of each tile
     second_steps: int
 
+    @classmethod
+    def mine(cls, sizes: Sizes) -> "Part":
+        """That of the CTA that asks."""
+        cluster, half = lax.axis_index("cluster"), lax.axis_index("half")
+        cta, ctas = cluster * 2 + half, sizes.ctas
+        tiles = lax.div(sizes.tiles - cta + ctas - 1, ctas)
+        halves = (sizes.heads // sizes.step // 2, sizes.inner // sizes.step // 2)
+        return cls(cluster, half, cta, tiles, halves[0], sizes.width // sizes.step, halves[1])
+
     @property
     def border(self) -> Any:
-        """Stages of the first product."""
-        return self.tiles * self.first_steps
+        """Stages before the second product."""
+        return self.heads_steps + self.tiles * self.first_steps
 
 
 @plgpu.inline_mgpu()
@@ -127,81 +152,111 @@ def proxy_fence(_: Any) -> None:
 
 def kernel(sizes: Sizes, *references: Any) -> None:
     """The body: a TMA warpgroup and one that computes; a counter tells how many CTAs have stored their tiles."""
-    refs = Refs(*references[:10], ring=Ring(*references[10:]))
-    counter = pl.get_global(plgpu.SemaphoreType.REGULAR((COUNTERS,))).at[0]
-    cluster, half, wg = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("wg")
-    cta, ctas = cluster * 2 + half, sizes.clusters * 2
-    tiles = lax.div(sizes.tiles - cta + ctas - 1, ctas)
-    part = Part(cluster, half, cta, tiles, sizes.width // sizes.step, sizes.inner // sizes.step // 2)
-    pl.when(wg == 1)(lambda: load(sizes, refs, part, counter))
-    pl.when(wg == 0)(lambda: compute(sizes, refs, part, counter))
+    x, gate_up, down, inner, out, union, *others = references
+    refs = Refs(x, gate_up, down, inner, out, *union, *others[:3], ring=Ring(*others[3:]))
+    part, wg = Part.mine(sizes), lax.axis_index("wg")
+    stored = pl.get_global(plgpu.SemaphoreType.REGULAR((COUNTERS,))).at[0]
+
+    @pl.when(wg == 1)
+    def _():
+        load_first(sizes, refs, part, None)
+        load_second(sizes, refs, part, stored)
+
+    @pl.when(wg == 0)
+    def _():
+        activations(sizes, refs, part, None)
+        publish(stored)
+        finish(sizes, refs, part, refs.ring.multiply(part.border, part.second_steps), store)
 
 
-def load(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
-    """The TMA warpgroup: weights as soon as there is room, activations when all CTAs have stored theirs."""
-    ring, ctas = refs.ring, sizes.clusters * 2
-    halves = [pl.ds(0, HALF), pl.ds(HALF, HALF)]
-
-    def features(k: Any) -> Any:
-        return pl.ds(k * sizes.step, sizes.step)
-
-    def first(i: Any, place: tuple[Any, Any]) -> tuple[Any, Any]:
-        tile, k = place
-        stage = ring.wait_free(i)
-        for which, rows in enumerate(halves):
-            wanted = refs.gate_up.at[pl.ds(tile * HALF, HALF), which, features(k)]
-            plgpu.copy_gmem_to_smem(wanted, ring.weights.at[stage, rows], ring.full.at[stage])
-        tokens = refs.x.at[pl.ds(0, sizes.rows), features(k)]
-        plgpu.copy_gmem_to_smem(tokens, ring.tokens.at[stage], ring.full.at[stage])
-        last = k + 1 == part.first_steps
-        return jnp.where(last, tile + ctas, tile), jnp.where(last, 0, k + 1)
-
-    def weights(i: Any) -> None:
-        stage = ring.wait_free(part.border + i)
-        for which, rows in enumerate(halves):  # the barriers expect three copies
-            outputs = pl.ds(part.cluster * TILE + which * HALF, HALF)
-            wanted = refs.down.at[outputs, features(part.half * part.second_steps + i)]
-            plgpu.copy_gmem_to_smem(wanted, ring.weights.at[stage, rows], ring.full.at[stage])
-
-    def activations(i: Any) -> None:
-        stage = lax.rem(part.border + i, ring.stages)
-        wanted = refs.inner.at[pl.ds(0, sizes.rows), features(part.half * part.second_steps + i)]
-        plgpu.copy_gmem_to_smem(wanted, ring.tokens.at[stage], ring.full.at[stage])
-
-    def second(i: Any) -> None:
-        weights(i)
-        activations(i)
-
-    lax.fori_loop(0, part.border, first, (part.cta, jnp.int32(0)))
-    early = min(sizes.stages, part.second_steps)
-    pl.loop(0, early)(weights)
-    plgpu.semaphore_wait(counter, ctas, decrement=False, memory_scope="gpu")
+def publish(stored: Any) -> None:
+    """Let all CTAs know that what this one copies to global memory is there."""
+    plgpu.wait_smem_to_gmem(0)
     proxy_fence()  # pyright: ignore[reportCallIssue]
-    pl.loop(0, early)(activations)
-    pl.loop(early, part.second_steps)(second)
-    ring.drain(part.border + part.second_steps)
+    plgpu.semaphore_signal(stored, memory_scope="gpu")
 
 
-def compute(sizes: Sizes, refs: Refs, part: Part, counter: Any) -> None:
-    """The other warpgroup: my tiles of activations, then my half of the cluster's outputs."""
+def await_all(sizes: Sizes, stored: Any) -> None:
+    """Until every CTA has published."""
+    plgpu.semaphore_wait(stored, sizes.ctas, decrement=False, memory_scope="gpu")
+    proxy_fence()  # pyright: ignore[reportCallIssue]
+
+
+def fill(ring: Ring, first: Any, count: Any, weights: Load, tokens: Load, wait: Callable[[], None] | None) -> None:
+    """Loads of a product from the `first` on: weights as soon as there is room, tokens when `wait` returns."""
+    early = jnp.int32(0) if wait is None else jnp.minimum(ring.stages, count)
+    pl.loop(0, early)(lambda i: weights(i, ring.wait_free(first + i)))
+    if wait is not None:
+        wait()
+    pl.loop(0, early)(lambda i: tokens(i, lax.rem(first + i, ring.stages)))
+
+    @pl.loop(early, count)
+    def _(i: Any):
+        stage = ring.wait_free(first + i)
+        weights(i, stage)
+        tokens(i, stage)
+
+
+def load_first(sizes: Sizes, refs: Refs, part: Part, wait: Callable[[], None] | None) -> None:
+    """The TMA warpgroup: gates and ups of all tiles."""
+    ring = refs.ring
+
+    def weights(i: Any, stage: Any) -> None:
+        tile, k = part.cta + lax.div(i, part.first_steps) * sizes.ctas, lax.rem(i, part.first_steps)
+        for which in range(2):
+            wanted = refs.gate_up.at[pl.ds(tile * HALF, HALF), which, features(sizes, k)]
+            plgpu.copy_gmem_to_smem(wanted, ring.weights.at[stage, pl.ds(which * HALF, HALF)], ring.full.at[stage])
+
+    def tokens(i: Any, stage: Any) -> None:
+        load_tokens(sizes, ring, refs.x, lax.rem(i, part.first_steps), stage)
+
+    fill(ring, part.heads_steps, part.tiles * part.first_steps, weights, tokens, wait)
+
+
+def load_second(sizes: Sizes, refs: Refs, part: Part, stored: Any) -> None:
+    """The TMA warpgroup: this half of the cluster's outputs, when all CTAs have stored their activations."""
+    weights, tokens = halved(sizes, refs.ring, part, refs.down, refs.inner, part.second_steps)
+    fill(refs.ring, part.border, part.second_steps, weights, tokens, lambda: await_all(sizes, stored))
+    refs.ring.drain(part.border + part.second_steps)
+
+
+def halved(sizes: Sizes, ring: Ring, part: Part, matrix: Any, x: Any, steps: int) -> tuple[Load, Load]:
+    """Loads of a product of whose sums a CTA computes one half: of the weights, and of the tokens."""
+
+    def weights(i: Any, stage: Any) -> None:
+        for which in range(2):  # the barriers expect three copies
+            outputs = pl.ds(part.cluster * TILE + which * HALF, HALF)
+            wanted = matrix.at[outputs, features(sizes, part.half * steps + i)]
+            plgpu.copy_gmem_to_smem(wanted, ring.weights.at[stage, pl.ds(which * HALF, HALF)], ring.full.at[stage])
+
+    return weights, lambda i, stage: load_tokens(sizes, ring, x, part.half * steps + i, stage)
+
+
+def load_tokens(sizes: Sizes, ring: Ring, x: Any, k: Any, stage: Any) -> None:
+    """The k-th features of all tokens."""
+    wanted = x.at[pl.ds(0, sizes.rows), features(sizes, k)]
+    plgpu.copy_gmem_to_smem(wanted, ring.tokens.at[stage], ring.full.at[stage])
+
+
+def features(sizes: Sizes, k: Any) -> Any:
+    """Those of the k-th stage."""
+    return pl.ds(k * sizes.step, sizes.step)
+
+
+def activations(sizes: Sizes, refs: Refs, part: Part, factors_s: Any) -> None:
+    """The other warpgroup: my tiles of activations, of gates and ups times a factor of each token, if any."""
 
     @pl.loop(0, part.tiles)
     def _(r: Any):
-        acc = refs.ring.multiply(r * part.first_steps, part.first_steps)
+        acc = refs.ring.multiply(part.heads_steps + r * part.first_steps, part.first_steps)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
         for start in range(0, sizes.rows, TOKENS):
-            activate(sizes, refs, acc, start)
-        columns = pl.ds((part.cta + r * sizes.clusters * 2) * HALF, HALF)
+            activate(sizes, refs, acc, start, factors_s)
+        columns = pl.ds((part.cta + r * sizes.ctas) * HALF, HALF)
         plgpu.copy_smem_to_gmem(refs.inner_s, refs.inner.at[pl.ds(0, sizes.rows), columns])
 
-    plgpu.wait_smem_to_gmem(0)
-    proxy_fence()  # pyright: ignore[reportCallIssue]
-    plgpu.semaphore_signal(counter, memory_scope="gpu")
-    acc = refs.ring.multiply(part.border, part.second_steps)
-    finish(sizes, refs, part, acc)
 
-
-def activate(sizes: Sizes, refs: Refs, acc: Any, start: int) -> None:
+def activate(sizes: Sizes, refs: Refs, acc: Any, start: int, factors_s: Any) -> None:
     """Activations of some tokens of a tile, whose gates and ups are in different warps."""
     size = min(TOKENS, sizes.rows - start)
     refs.both_s.at[pl.ds(0, size)].T[...] = turned(acc[:, start : start + size])
@@ -210,12 +265,16 @@ def activate(sizes: Sizes, refs: Refs, acc: Any, start: int) -> None:
         plgpu.load(refs.both_s.at[pl.ds(0, size), pl.ds(first, HALF)], layout=ROWS, optimized=False)
         for first in (0, HALF)
     )
+    if factors_s is not None:
+        some = plgpu.load(factors_s.at[pl.ds(start, size)], layout=ROWS.reduce(1), optimized=False)
+        factors = plgpu.layout_cast(lax.broadcast_in_dim(some, gate.shape, (0,)), ROWS)
+        gate, up = gate * factors, up * factors
     refs.inner_s[pl.ds(start, size)] = (gate / (1 + jnp.exp(-gate)) * up).astype(sizes.dtype)
     plgpu.commit_smem()
 
 
-def finish(sizes: Sizes, refs: Refs, part: Part, acc: Any) -> None:
-    """Send each CTA of the cluster my sums for its share of the tokens, and add up and store mine."""
+def finish(sizes: Sizes, refs: Refs, part: Part, acc: Any, then: Callable[[Refs, Part, Any], None]) -> None:
+    """Send each CTA of the cluster my sums for its share of the tokens, and add up mine: `out_s`, for `then`."""
     starts = range(0, sizes.rows, sizes.share)
     for peer, start in enumerate(starts):
         size = min(sizes.share, sizes.rows - start)
@@ -232,21 +291,26 @@ def finish(sizes: Sizes, refs: Refs, part: Part, acc: Any) -> None:
         )
         refs.out_s.T[...] = turned((one + other).astype(sizes.dtype))
         plgpu.commit_smem()
-        rows, columns = pl.ds(part.half * sizes.share, sizes.share), pl.ds(part.cluster * TILE, TILE)
-        plgpu.copy_smem_to_gmem(refs.out_s, refs.out.at[rows, columns])
+        then(refs, part, pl.ds(part.half * sizes.share, sizes.share))
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def scratch(sizes: Sizes) -> list[Any]:
-    """Shared memory and barriers, in the order of `Refs`."""
+def store(refs: Refs, part: Part, rows: Any) -> None:
+    """My share of the outputs."""
+    plgpu.copy_smem_to_gmem(refs.out_s, refs.out.at[rows, pl.ds(part.cluster * TILE, TILE)])
+
+
+def scratch(sizes: Sizes, *others: Any) -> list[Any]:
+    """Shared memory and barriers, in the order of `Refs`; `others` lie where a buffer is."""
     rows, share, dtype = sizes.rows, sizes.share, sizes.dtype
     even = share if rows == 2 * share else 8  # tokens that divide the shares of both CTAs
+    both = plgpu.SMEM((min(rows, TOKENS), TILE), jnp.float32, transforms=swizzled(jnp.float32))
+    halves = plgpu.SMEM((2, TILE, share), jnp.float32, transforms=swizzled(jnp.float32, even))
     return [
-        plgpu.SMEM((min(rows, TOKENS), TILE), jnp.float32, transforms=swizzled(jnp.float32)),
+        plgpu.RefUnion(both, halves, *others),
         plgpu.SMEM((rows, HALF), dtype),
         plgpu.SMEM((share, TILE), dtype, transforms=swizzled(dtype)),
-        plgpu.SMEM((2, TILE, share), jnp.float32, transforms=swizzled(jnp.float32, even)),
         plgpu.Barrier(num_arrivals=2),
         *ring_scratch(rows, sizes.step, sizes.stages, 3, dtype),
     ]

@@ -1,10 +1,10 @@
 """Head norms, rotary embedding and cache write in plain jax: the specification."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kv_write import write_kv
+from pallas_kernels.norm import rms_norm
 
 
 def rope_kv_write(
@@ -28,15 +28,6 @@ def rope_kv_write(
     k = k if k_scale is None else rms_norm(k, k_scale, norm_eps, norm_offset)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     return q, write_kv(kv, layer, k.astype(kv.dtype), v.astype(kv.dtype), pages, offsets)
-
-
-def rms_norm(
-    x: Float[Array, "T heads H"], scale: Float[Array, "H"], eps: float, offset: float
-) -> Float[Array, "T heads H"]:
-    """`x / rms(x) * (offset + scale)` over the last axis, computed in float32."""
-    wide = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * inverse * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def rotate(

@@ -51,12 +51,12 @@ def unfit(x: jax.Array, weights: jax.Array) -> jax.Array:
 def test_the_fastest_wins_unless_it_is_wrong(script):
     candidates = {"xla": slow, "right": quick, "wrong": lambda x, weights: 0 * quick(x, weights), "unfit": unfit}
     key = {"outputs": 256, "inputs": 128}
-    contest = script.Contest("matmul", key, 64, ((256, 128),), candidates)
+    contest = script.Contest("matmul", key, 64, (128,), ((256, 128),), candidates)
     (result,) = script.hold([contest])
     assert result["winner"] == "right"
     assert set(result["us"]) == {"xla", "right"}
     assert result["out"] == {"wrong": "relative error 1.0e+00", "unfit": "64 tokens are not for me"}
-    (result,) = script.hold([script.Contest("matmul", key, 64, ((256, 128),), {"xla": quick, "right": slow})])
+    (result,) = script.hold([script.Contest("matmul", key, 64, (128,), ((256, 128),), {"xla": quick, "right": slow})])
     assert result["winner"] == "xla"
 
 
