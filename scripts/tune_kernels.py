@@ -1,12 +1,12 @@
 """Measure on a Hopper GPU where its kernels are faster than XLA, and with which sizes, and write what was found.
 
     python scripts/tune_kernels.py --model qwen3-8b [FOLDER ...] [--tensor-parallel-size 2] [--only matmul]
-        [--tokens 4 16 32 64 128 192 256 384 512] [--keep] [--output benchmarks/results/FILE.json]
+        [--tokens 1 4 16 32 64 128 192 256 384 512] [--keep] [--output benchmarks/results/FILE.json]
 
-Ops: "matmul", "gated_mlp" and "block_tail", whose kernels serve only shapes and numbers of tokens that were measured,
-with the shapes of the named models (or of the models in folders with a config.json); "paged_attention", whose sizes are
-tried one after the other. The files are those that the kernels read (pallas_kernels/tuned/hopper); --keep leaves them
-alone.
+Ops: "matmul", "norm_matmul", "gated_mlp" and "block_tail", whose kernels serve only shapes and numbers of tokens that
+were measured, with the shapes of the named models (or of the models in folders with a config.json); "paged_attention",
+whose sizes are tried one after the other. The files are those that the kernels read (pallas_kernels/tuned/hopper);
+--keep leaves them alone.
 
 Every program chains calls over weights that are far larger than the L2 cache, compiled as the engine's programs are.
 Candidates take turns, and the best of some rounds counts. A kernel must agree with XLA and win to be used, by 2 % where
@@ -20,10 +20,9 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +30,21 @@ import bench_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_contests import CONTESTS, LISTS, UNFIT, Contest, Shape, read_config
 from profile_step import MODELS
 from tqdm import tqdm
 
-from jaxserve.engine.blueprint import COMPILER_OPTIONS
-from jaxserve.layers.linear import contract
-from jaxserve.models import ModelConfig, resolve
-from jaxserve.weights import read_hf_config
-from pallas_kernels import matmul, tuning
-from pallas_kernels.block_tail import mosaic_gpu as block_tail_mosaic_gpu
-from pallas_kernels.block_tail import reference as block_tail_reference
-from pallas_kernels.gated_mlp import hopper_tiled, reference
-from pallas_kernels.gated_mlp import mosaic_gpu as gated_mosaic_gpu
-from pallas_kernels.matmul import mosaic_gpu
+from jaxserve.models import ModelConfig
+from pallas_kernels import tuning
 from pallas_kernels.platform import require_hopper
 
 DEVICE = "hopper"
-OPS = ("matmul", "gated_mlp", "block_tail", "paged_attention")
-TOKENS = (4, 16, 32, 64, 128, 192, 256, 384, 512)  # as decodes have
-COLD_BYTES = 400 << 20  # of weights in a program: eight times the L2 cache of an H100
-MOST_CALLS = 32  # of a program
+OPS = (*CONTESTS, "paged_attention")
+TOKENS = (1, 4, 16, 32, 64, 128, 192, 256, 384, 512)  # as decodes have
 ROUNDS, SECONDS = 7, 0.01  # of each candidate, and of a round
 # A kernel's time over XLA's from which on it is used. One that spares launches gains more in a step than in a chain:
 # 32 sequences of Qwen3-8B took 6.58 ms a step with a kernel for the feed-forward layer and 6.79 without, a tie here.
-GAINS = {"matmul": 0.98, "gated_mlp": 1.0, "block_tail": 1.0}
-EPS = 1e-6  # of norms
+GAINS = {"matmul": 0.98, "norm_matmul": 1.0, "gated_mlp": 1.0, "block_tail": 1.0}
 MOST_ERROR = 2e-2  # relative, of bfloat16 results against each other
 COMPILERS = 8  # threads
 DECODES = ("decode 64 x 1024", "decode 256 x 1024", "decode 256 x 100..2048")
@@ -66,134 +55,6 @@ KNOBS = (  # of attention: where the number is, what is tried, and by which work
     (("long", "block"), (64, 128, 192), PREFILLS),
     (("long", "stages"), (1, 2, 3), PREFILLS),
 )
-UNFIT = (NotImplementedError, ValueError, jax.errors.JaxRuntimeError)  # of kernels and their compiler
-
-Shape = jax.ShapeDtypeStruct
-
-
-@dataclass(frozen=True)
-class Contest:
-    """A call that several candidates can make.
-
-    Attributes:
-        op: its name.
-        key: what the file of the op calls the shapes.
-        tokens: rows of the left operands.
-        inputs: features of each of these.
-        weights: their shapes.
-        candidates: by name: `(*left operands, *weights) -> result`; one is called "xla".
-    """
-
-    op: str
-    key: dict[str, Any]
-    tokens: int
-    inputs: tuple[int, ...]
-    weights: tuple[tuple[int, ...], ...]
-    candidates: dict[str, Callable[..., jax.Array]]
-
-    @property
-    def calls(self) -> int:
-        """Of a program, so that no weights stay in the cache."""
-        each = 2 * sum(math.prod(shape) for shape in self.weights)
-        return min(max(-(-COLD_BYTES // each), 2), MOST_CALLS)
-
-    @property
-    def shapes(self) -> list[tuple[Shape, ...]]:
-        """Of the operands of each call; with tokens in common, XLA would join weights to one product."""
-        sizes = *((self.tokens, features) for features in self.inputs), *self.weights
-        return [tuple(Shape(shape, jnp.bfloat16) for shape in sizes)] * self.calls
-
-    def compile(self, name: str) -> jax.stages.Compiled | Exception:
-        """The program of a candidate, or why there is none."""
-        call = self.candidates[name]
-
-        def chain(operands: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
-            return [call(*some) for some in operands]
-
-        try:
-            return jax.jit(chain).lower(self.shapes).compile(dict(COMPILER_OPTIONS["gpu"]))
-        except UNFIT as error:
-            return error
-
-
-def read_config(name: str) -> ModelConfig:
-    """Of a known model, or of one in a folder."""
-    found: dict[str, Any] = dict(MODELS[name] if name in MODELS else read_hf_config(Path(name)))
-    return resolve(found).read_config(found, None)
-
-
-def products(config: ModelConfig, shards: int) -> set[tuple[int, int, str]]:
-    """Outputs, inputs and the result's type of a dense model's products on one of some devices."""
-    heads, kv = config.num_heads // shards, max(config.num_kv_heads // shards, 1)
-    width, inner = config.hidden_size, config.intermediate_size // shards
-    return {
-        ((heads + 2 * kv) * config.head_dim, width, "bfloat16"),
-        (width, heads * config.head_dim, "bfloat16"),
-        (2 * inner, width, "bfloat16"),
-        (width, inner, "bfloat16"),
-        (config.vocab_rows // shards, width, "float32"),
-    }
-
-
-def matmul_contests(configs: Iterable[ModelConfig], shards: int, tokens: Sequence[int]) -> list[Contest]:
-    """Of the products of all models."""
-    ctas, contests = require_hopper(), []
-    for outputs, inputs, result in sorted(set().union(*(products(config, shards) for config in configs))):
-        candidates: dict[str, Callable[..., jax.Array]] = {
-            "xla": functools.partial(matmul.matmul, out_dtype=result, implementation="xla"),
-            "mosaic_gpu": functools.partial(mosaic_gpu.call, out_dtype=jnp.dtype(result), ctas=ctas),
-        }
-        key = {"outputs": outputs, "inputs": inputs, "result": result}
-        contests += [Contest("matmul", key, count, (inputs,), ((outputs, inputs),), candidates) for count in tokens]
-    return contests
-
-
-def gated_contests(configs: Iterable[ModelConfig], shards: int, tokens: Sequence[int]) -> list[Contest]:
-    """Of the gated feed-forward layers of all models; products outside the kernels use what was found for them."""
-    sms, contests = require_hopper(), []
-
-    def tiled(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        return contract(hopper_tiled.call(x, gate_up), down)
-
-    def plain(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        return reference.gated_mlp(x, gate_up, down, jax.nn.silu, contract)
-
-    def stream(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        gated_mosaic_gpu.require_room(len(down), sms)
-        return gated_mosaic_gpu.call(x, gate_up, down)
-
-    candidates = {"xla": plain, "stream": stream, "tiled": tiled}
-    sizes = {
-        (config.hidden_size, config.intermediate_size // shards) for config in configs if config.activation == "silu"
-    }
-    for width, inner in sorted(sizes):
-        key, weights = {"width": width, "inner": inner, "outputs": width}, ((inner, 2, width), (width, inner))
-        contests += [Contest("gated_mlp", key, count, (width,), weights, candidates) for count in tokens]
-    return contests
-
-
-def tail_contests(configs: Iterable[ModelConfig], tokens: Sequence[int]) -> list[Contest]:
-    """Of the second halves of the layers of all models, against the best that was found for their parts."""
-    sms, contests = require_hopper(), []
-
-    def plain(*operands: jax.Array) -> jax.Array:
-        return block_tail_reference.block_tail(*operands, jax.nn.silu, contract, norm_eps=EPS)
-
-    def fused(*operands: jax.Array) -> jax.Array:
-        gated_mosaic_gpu.require_room(operands[0].shape[1], sms)
-        return block_tail_mosaic_gpu.call(*operands, norm_eps=EPS)
-
-    candidates = {"xla": plain, "mosaic_gpu": fused}
-    sizes = {
-        (config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size)
-        for config in configs
-        if config.activation == "silu"
-    }
-    for heads, width, inner in sorted(sizes):
-        key = {"heads": heads, "width": width, "inner": inner}
-        weights = (width, heads), (width,), (inner, 2, width), (width, inner)
-        contests += [Contest("block_tail", key, count, (width, heads), weights, candidates) for count in tokens]
-    return contests
 
 
 def fill(contest: Contest) -> list[tuple[jax.Array, ...]]:
@@ -346,14 +207,8 @@ def tune(
     known = tuning.tuned(DEVICE, op)
     if op == "paged_attention":
         return tune_attention(known)
-    if op == "block_tail":
-        contests = tail_contests(configs, args.tokens)
-    else:
-        find = matmul_contests if op == "matmul" else gated_contests
-        contests = find(configs, args.tensor_parallel_size, args.tokens)
-    results = hold(contests)
-    lists = {"stream": "stream", "tiled": "tiled"} if op == "gated_mlp" else {"mosaic_gpu": "tokens"}
-    return merge(known, results, lists), results
+    results = hold(CONTESTS[op](configs, args.tensor_parallel_size, args.tokens))
+    return merge(known, results, LISTS[op]), results
 
 
 def main() -> None:

@@ -51,17 +51,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
     ) -> tuple[Float[Array, "T D"], KVCache]:
-        heads, cache = self.heads(x, rope, chunks, cache, layer)
         with jax.named_scope("attention"):
+            heads, cache = self.heads(self.qkv(x), rope, chunks, cache, layer)
             return self.out(heads), cache
 
     def heads(
-        self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
+        self, qkv: Float[Array, "T K heads H"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index
     ) -> tuple[Float[Array, "T N H"], KVCache]:
-        """All but the projection of the heads."""
-        with jax.named_scope("attention"):
-            q, cache = cache.write(layer, self.qkv(x), rope, chunks, **self._head_norms())
-            return cache.attend(layer, q, chunks, scale=self.scale, window=self.window, soft_cap=self.soft_cap), cache
+        """What lies between both projections."""
+        q, cache = cache.write(layer, qkv, rope, chunks, **self._head_norms())
+        return cache.attend(layer, q, chunks, scale=self.scale, window=self.window, soft_cap=self.soft_cap), cache
 
     def _head_norms(self) -> dict[str, Any]:
         """The norms of queries and keys as `KVCache.write` takes them."""

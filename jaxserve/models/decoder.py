@@ -15,6 +15,7 @@ from jaxserve.layers.rope import Tables
 from jaxserve.models.config import ModelConfig
 from jaxserve.sums import PLAIN, Sums
 from pallas_kernels.block_tail import block_tail
+from pallas_kernels.norm_matmul import norm_matmul
 from sharding.collectives import shard, shards
 
 Step = tuple[Float[Array, "T D"], KVCache]
@@ -68,26 +69,26 @@ class PreNormBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index, sums: Sums
     ) -> Step:
-        normed = self.attention_norm(x)
-        if shards() == 1 and self.attention.out.bias is None and self.mlp.gate_up.bias is None:
-            heads, cache = self.attention.heads(normed, rope, chunks, cache, layer)
-            return self._tail(x, heads), cache
-        attended, cache = self.attention(normed, rope, chunks, cache, layer)
+        attention, mlp = self.attention, self.mlp
+        if shards() == 1 and attention.qkv.bias is attention.out.bias is mlp.gate_up.bias is None:
+            return self._merged(x, rope, chunks, cache, layer)
+        attended, cache = attention(self.attention_norm(x), rope, chunks, cache, layer)
         x = x + sums.total(attended, 1 + 2 * layer)
-        return x + sums.total(self.mlp(self.mlp_norm(x)), 2 + 2 * layer), cache
+        return x + sums.total(mlp(self.mlp_norm(x)), 2 + 2 * layer), cache
 
-    def _tail(self, x: Float[Array, "T D"], heads: Float[Array, "T N H"]) -> Float[Array, "T D"]:
-        """What follows attention, where it can be one kernel: no biases, and nothing to add up over devices."""
-        mlp, norm, projection = self.mlp, self.mlp_norm, self.attention.out.kernel[...]
-        weights = (
-            projection.reshape(len(projection), -1),
-            norm.scale[...],
-            mlp.gate_up.kernel[...],
-            mlp.down.kernel[...],
-        )
-        activation, options = ACTIVATIONS[mlp.activation], {"norm_eps": norm.eps, "norm_offset": norm.offset}
+    def _merged(self, x: Float[Array, "T D"], rope: Tables, chunks: Chunks, cache: KVCache, layer: Index) -> Step:
+        """Without biases, and where nothing is to be added up over devices, norms and products can be one kernel."""
+        attention, mlp, norm = self.attention, self.mlp, self.attention_norm
+        with jax.named_scope("attention"):
+            weights = norm.scale[...], attention.qkv.kernel[...]
+            qkv = norm_matmul(x, *weights, contract, norm_eps=norm.eps, norm_offset=norm.offset)
+            heads, cache = attention.heads(qkv, rope, chunks, cache, layer)
+        norm = self.mlp_norm
         with jax.named_scope("mlp"):
-            return block_tail(x, heads.reshape(len(x), -1), *weights, activation, contract, **options)
+            projection = attention.out.kernel[...].reshape(x.shape[1], -1)
+            weights = projection, norm.scale[...], mlp.gate_up.kernel[...], mlp.down.kernel[...]
+            operands = x, heads.reshape(len(x), -1), *weights, ACTIVATIONS[mlp.activation], contract
+            return block_tail(*operands, norm_eps=norm.eps, norm_offset=norm.offset), cache
 
 
 class SandwichBlock(nnx.Module):

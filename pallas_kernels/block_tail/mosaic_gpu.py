@@ -5,6 +5,8 @@ two CTAs owns 64 outputs of this product as well and adds them to what went into
 squares of whole rows for the norm, and wait for each other a second time; the weights that are wanted next arrive in
 shared memory meanwhile. A token's factor is the same for all features, so it is applied after the product with gates
 and ups, of which the tokens that go into it know nothing but the norm's scales.
+
+A lone token takes another kernel (`lone`), where a layer's weights fit the shared memory of all multiprocessors.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_tail import lone
 from pallas_kernels.block_tail.mosaic_gpu_kernel import MAX_CLUSTERS, kernel, scratch
 from pallas_kernels.gated_mlp.mosaic_gpu import require_room
 from pallas_kernels.gated_mlp.mosaic_gpu_kernel import Sizes
@@ -39,15 +42,18 @@ def block_tail(
     """See `pallas_kernels.block_tail.block_tail`."""
     del product  # there are none outside the kernel
     multiprocessors = require_hopper()
-    check((x, heads, projection, scale, gate_up, down), activation, norm_offset)
+    arrays = x, heads, projection, scale, gate_up, down
+    if check(arrays, activation, norm_offset) == "lone":
+        return lone.call(*arrays, norm_eps=norm_eps, multiprocessors=multiprocessors)
     require_room(len(down), multiprocessors)
-    return call(x, heads, projection, scale, gate_up, down, norm_eps=norm_eps)
+    return call(*arrays, norm_eps=norm_eps)
 
 
-def check(arrays: tuple[Shaped, ...], activation: Callable[[Array], Array], norm_offset: float) -> None:
-    """Raise `NotImplementedError`, naming the values, for what the kernel was not measured to do faster than XLA.
+def check(arrays: tuple[Shaped, ...], activation: Callable[[Array], Array], norm_offset: float) -> str:
+    """Which kernel serves the arrays of the op: "lone" for one token and small models, or "stream".
 
-    The arrays are those of the op, in its order.
+    Raises:
+        NotImplementedError: neither was measured to be faster than XLA on an H100; it names the values.
     """
     x, heads, _, _, _, down = arrays
     (tokens, width), inner, inputs = x.shape, down.shape[1], heads.shape[1]
@@ -57,11 +63,13 @@ def check(arrays: tuple[Shaped, ...], activation: Callable[[Array], Array], norm
     if activation is not jax.nn.silu or norm_offset:
         raise NotImplementedError(f"{activation=} and {norm_offset=}, not jax.nn.silu and 0")
     this = {"heads": inputs, "width": width, "inner": inner}
-    measured = tuned("hopper", "block_tail")["faster"]  # tokens with which this was faster than XLA on an H100
-    if not any(this.items() <= one.items() and tokens in one["tokens"] for one in measured):
+    measured = [one for one in tuned("hopper", "block_tail")["faster"] if this.items() <= one.items()]
+    kinds = [kind for one in measured for kind in ("lone", "stream") if tokens in one[kind]]
+    if not kinds:
         raise NotImplementedError(
             f"not known to be faster for {tokens} tokens, heads of {inputs} features, width {width}, {inner} inner"
         )
+    return kinds[0]
 
 
 @jax.jit(static_argnames="norm_eps")

@@ -1,18 +1,25 @@
-"""The second half of a layer against numpy. Its kernel cannot be interpreted: it has clusters and counters."""
+"""The second half of a layer against numpy. Its kernels cannot be interpreted: they have clusters or counters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_tail import OP, block_tail, mosaic_gpu
+from pallas_kernels.block_tail import OP, block_tail, lone, mosaic_gpu
 
-H100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+H100_SMS = 132
+H100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=H100_SMS, platform="gpu")
 EPS = 1e-6
 SHAPES = (  # features of heads, width, inner features
     (4096, 4096, 12288),  # Qwen 3 8B
     (4096, 2560, 9728),  # Qwen 3 4B
     (2048, 2048, 8192),  # Llama 3.2 1B
+)
+
+SMALL = (  # for a lone token
+    (2048, 1024, 3072),  # Qwen 3 0.6B
+    (1024, 512, 2560),
+    (256, 256, 512),
 )
 
 
@@ -78,6 +85,26 @@ def test_kernel_lowers_for_cuda(tokens: int, sizes: tuple[int, int, int]):
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+def test_kernel_for_a_lone_token_lowers_for_cuda(sizes: tuple[int, int, int]):
+    traced = lone.call.trace(*shapes(1, *sizes), norm_eps=EPS, multiprocessors=H100_SMS)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((2, 2048, 1024, 3072), "2 tokens, not one"),
+        ((1, 2048, 1024, 3076), r"\(1024, 3076\) outputs"),
+        ((1, 2000, 1024, 3072), "2000 features, not a multiple of 256"),
+        ((1, 4096, 4096, 12288), "2621440 bytes of weights for each of 128 CTAs, not 228352"),
+    ],
+)
+def test_kernel_for_a_lone_token_names_what_it_cannot_serve(sizes: tuple[int, ...], reason: str):
+    with pytest.raises(NotImplementedError, match=reason):
+        lone.call.trace(*shapes(*sizes), norm_eps=EPS, multiprocessors=H100_SMS)
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype", "options", "reason"),
     [
@@ -106,8 +133,9 @@ def test_kernel_names_shapes_that_do_not_fit(sizes: tuple[int, ...], reason: str
         mosaic_gpu.call.trace(*shapes(*sizes), norm_eps=EPS)
 
 
-def test_the_kernel_serves_an_h100_only():
-    arguments, options = (*shapes(32, *SHAPES[0]), jax.nn.silu, product), {"norm_eps": EPS}
+@pytest.mark.parametrize("sizes", [(1, *SMALL[0]), (32, *SHAPES[0])], ids=str)
+def test_the_kernels_serve_an_h100_only(sizes: tuple[int, ...]):
+    arguments, options = (*shapes(*sizes), jax.nn.silu, product), {"norm_eps": EPS}
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         OP.choice("mosaic_gpu", *arguments, **options)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H100)):
@@ -124,3 +152,16 @@ def test_kernel_on_the_gpu(tokens: int, sizes: tuple[int, int, int]):
     got = mosaic_gpu.call(*args, norm_eps=EPS)
     assert errors(got, *args).max() < 1e-2
     np.testing.assert_array_equal(got, mosaic_gpu.call(*args, norm_eps=EPS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+def test_kernel_for_a_lone_token_on_the_gpu(sizes: tuple[int, int, int]):
+    args = make(1, *sizes)
+    poison = [jnp.full((size,), jnp.nan, "bfloat16").block_until_ready() for size in sizes[1:] for _ in range(4)]
+    del poison
+    got = lone.call(*args, norm_eps=EPS, multiprocessors=H100_SMS)
+    assert errors(got, *args).max() < 1e-2
+    for _ in range(50):
+        again = lone.call(*args, norm_eps=EPS, multiprocessors=H100_SMS)
+    np.testing.assert_array_equal(got, again)

@@ -18,21 +18,27 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def script(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     found = pytest.importorskip("tune_kernels")
-    monkeypatch.setattr(found, "COLD_BYTES", 1 << 16)
+    monkeypatch.setattr("kernel_contests.COLD_BYTES", 1 << 16)
     monkeypatch.setattr(found, "ROUNDS", 3)
     monkeypatch.setattr(found, "SECONDS", 0.001)
     return found
 
 
-def test_the_products_of_a_model(script):
-    assert script.products(script.read_config("qwen3-8b"), 1) == {
+@pytest.fixture
+def contests(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return pytest.importorskip("kernel_contests")
+
+
+def test_the_products_of_a_model(script, contests):
+    assert contests.products(script.read_config("qwen3-8b"), 1) == {
         (6144, 4096, "bfloat16"),
         (4096, 4096, "bfloat16"),
         (24576, 4096, "bfloat16"),
         (4096, 12288, "bfloat16"),
         (151936, 4096, "float32"),
     }
-    assert (12288, 4096, "bfloat16") in script.products(script.read_config("qwen3-8b"), 2)
+    assert (12288, 4096, "bfloat16") in contests.products(script.read_config("qwen3-8b"), 2)
 
 
 def slow(x: jax.Array, weights: jax.Array) -> jax.Array:
