@@ -50,13 +50,11 @@ class Refs(NamedTuple):
 
 def kernel(sizes: Sizes, eps: float, *references: Any) -> None:
     """The body: a TMA warpgroup and one that computes."""
-    x, heads, projection, scale, gate_up, down, squares, scaled, inner, out, *own, union, inner_s, out_s, exchanged = (
-        references[:-4]
-    )
-    both_s, halves_s, squares_s = union
-    ring = Ring(*references[-4:])
-    mlp = gated.Refs(scaled, gate_up, down, inner, out, both_s, halves_s, inner_s, out_s, exchanged, ring)
-    refs = Refs(x, heads, projection, scale, squares, *own[:3], squares_s, *own[3:], mlp)
+    x, heads, projection, scale, gate_up, down, squares, scaled, inner, out = references[:10]
+    mine_s, sums_s, factors_s, came, squares_came, (both_s, halves_s, squares_s), *others = references[10:]
+    inner_s, out_s, exchanged, *ring = others
+    mlp = gated.Refs(scaled, gate_up, down, inner, out, both_s, halves_s, inner_s, out_s, exchanged, Ring(*ring))
+    refs = Refs(x, heads, projection, scale, squares, mine_s, sums_s, factors_s, squares_s, came, squares_came, mlp)
     counters = pl.get_global(plgpu.SemaphoreType.REGULAR((COUNTERS,)))
     part, wg = Part.mine(sizes), lax.axis_index("wg")
     pl.when(wg == 1)(lambda: load(sizes, refs, part, counters))

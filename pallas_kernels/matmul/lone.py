@@ -66,12 +66,12 @@ def copy_rows(matrix: Any, rows: Any, target: Any, barrier: Any) -> None:
 
 def dot(piece: Callable[[int], Any], vectors: Sequence[Array]) -> Array:
     """The products, `SUMS`, of the rows in shared memory whose k-th pieces are `piece(k)` with a vector."""
-    total = None
-    for k, vector in enumerate(vectors):
+
+    def part(k: int) -> Array:
         weights = plgpu.load(piece(k), layout=MATRIX, optimized=False).astype(jnp.float32)
-        part = weights * plgpu.layout_cast(lax.broadcast_in_dim(vector, weights.shape, (1,)), MATRIX)
-        total = part if total is None else total + part
-    return jnp.sum(total, axis=1)
+        return weights * plgpu.layout_cast(lax.broadcast_in_dim(vectors[k], weights.shape, (1,)), MATRIX)
+
+    return jnp.sum(sum((part(k) for k in range(1, len(vectors))), part(0)), axis=1)
 
 
 def norm(vectors: Sequence[Array], scale: Any, eps: float, spare_s: Any) -> list[Array]:

@@ -19,7 +19,7 @@ SHAPES = (  # features of heads, width, inner features
 SMALL = (  # for a lone token
     (2048, 1024, 3072),  # Qwen 3 0.6B
     (1024, 512, 2560),
-    (256, 256, 512),
+    (256, 512, 512),
 )
 
 
@@ -97,6 +97,7 @@ def test_kernel_for_a_lone_token_lowers_for_cuda(sizes: tuple[int, int, int]):
         ((2, 2048, 1024, 3072), "2 tokens, not one"),
         ((1, 2048, 1024, 3076), r"\(1024, 3076\) outputs"),
         ((1, 2000, 1024, 3072), "2000 features, not a multiple of 256"),
+        ((1, 256, 256, 512), "width=256, a single piece"),
         ((1, 4096, 4096, 12288), "2621440 bytes of weights for each of 128 CTAs, not 228352"),
     ],
 )

@@ -49,7 +49,9 @@ def test_plain_form_matches_numpy(dtype: str):
 def test_outputs_may_have_several_axes():
     x, scale, weights = make(5, 48, 24, dtype="float32")
     got = norm_matmul(x, scale, weights.reshape(6, 8, 24), product, norm_eps=EPS)
-    np.testing.assert_allclose(got.reshape(5, 48), norm_matmul(x, scale, weights, product, norm_eps=EPS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        got.reshape(5, 48), norm_matmul(x, scale, weights, product, norm_eps=EPS), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_kernel_lowers_for_cuda():
