@@ -65,7 +65,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ValueError | TypeError | OverflowError | RecursionError):
         return ApiError(400, str(error) or type(error).__name__)
     if isinstance(error, TimeoutError):
-        return ApiError(504, "the request took longer than --request-timeout allows", retry_after=1)
+        return ApiError(504, str(error) or "the request took too long", retry_after=1)
     return ApiError(500, f"{type(error).__name__}: {error}")
 
 

@@ -98,8 +98,7 @@ class LimitBody:
         return await self._app(scope, replay, send)
 
     async def _refuse(self, size: int, scope: MutableMapping[str, Any], send: Send) -> None:
-        most = self._most / (1 << 20)
-        message = f"the body has {size} bytes or more, the limit is {most:g} MiB (--max-body-mb)"
+        message = f"the body has {size:,} bytes or more, the limit is {self._most:,} (--max-body-mb)"
         await answer(ApiError(413, message), scope, send)
 
 

@@ -244,7 +244,10 @@ class Service:
         except TimeoutError:
             if self._over:
                 raise ApiError(503, "the server has shut down before the answer was complete", retry_after=5) from None
-            raise
+            if (most := self.limits.request_timeout) is None:
+                raise
+            message = f"the answer was not complete after {most:g} s (--request-timeout); ask for less, or later"
+            raise ApiError(504, message, retry_after=1) from None
 
     def end(self) -> None:
         """End all answers now, whatever the engine is doing; their clients are told."""

@@ -54,6 +54,7 @@ def test_limits_drain_and_exit(quick_flags: list[str]):
             assert "at most 5 may" in refused.json()["error"]["message"]
             large = http.post("/v1/completions", json={"prompt": "x" * 20_000})
             assert (large.status_code, large.json()["error"]["type"]) == (413, "RequestTooLargeError")
+            assert "the limit is 10,485 (--max-body-mb)" in large.json()["error"]["message"]
             chunked = http.post("/v1/completions", content=iter([b"x" * 8000] * 3))
             assert chunked.status_code == 413
             strict = http.post("/v1/completions", json=LONG | {"top_q": 1})
@@ -84,6 +85,7 @@ def test_a_time_limit_and_an_end_at_once(quick_flags: list[str]):
         with live.http() as http:
             answer = http.post("/v1/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["type"]) == (504, "TimeoutError")
+            assert "0.2 s (--request-timeout)" in answer.json()["error"]["message"]
             assert int(answer.headers["retry-after"]) >= 1
             with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
                 events = [line[6:] for line in stream.iter_lines() if line]
