@@ -69,7 +69,7 @@ class Sizes:
         """
         sizes = cls(heads, width, inner, most_ctas(multiprocessors, width, inner))
         wanted = 2 * (width * heads + 3 * width * inner) // sizes.ctas
-        if width == PIECE:  # gates and ups would be one run of features, which Mosaic splits in its own way
+        if width == PIECE:  # Mosaic would choose a swizzle for gates and ups, in which they are not read
             raise NotImplementedError(f"{width=}, a single piece")
         if wanted > SMEM_BYTES:
             raise NotImplementedError(f"{wanted} bytes of weights for each of {sizes.ctas} CTAs, not {SMEM_BYTES}")
